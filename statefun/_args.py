@@ -1,0 +1,245 @@
+"""Arguments of a call: arrays are dynamic, States are parameters, all else is static.
+
+`split` takes a call's arguments apart; a `Signature` is everything about them that is
+static, and puts them together again around other arrays and other States. Calls with
+equal keys share a `Signature`, and through it one compiled program.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+
+from ._compat import array_class
+from ._errors import lesson
+from ._frame import Cell
+from ._program import Reference, refuse_bare_state
+from ._state import State
+from ._structure import ARRAY, is_identity, static_key, treedef_key
+
+
+class Static:
+    """An argument that `static_argnums` or `static_argnames` make static: a leaf."""
+
+    __slots__ = ("key", "value")
+
+    def __init__(self, value: Any, label: str):
+        self.value = value
+        self.key = static_key(value)
+        if is_identity(self.key):
+            raise TypeError(
+                lesson(
+                    f"the static argument {label} can't be hashed: it is a "
+                    f"{type(value).__name__}.",
+                    "a static argument is part of the key under which the traced "
+                    "function is cached.",
+                    "pass something hashable (a tuple for a list, a frozen dataclass), "
+                    "or don't make the argument static.",
+                )
+            )
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and self.key == other.key
+
+    def __repr__(self) -> str:
+        return f"Static({self.value!r})"
+
+
+class Signature:
+    """What is static about a call, and stand-ins for the States among its arguments.
+
+    The stand-ins are what the traced function sees. A program so speaks of the first,
+    second, … State of the arguments, and serves every module of the same structure.
+    """
+
+    __slots__ = ("dynamic", "leaves", "slots", "stand_ins", "treedef")
+
+    def __init__(self, leaves: Sequence[Any], treedef: jtu.PyTreeDef, stand_in: bool):
+        self.treedef = treedef
+        self.leaves = list(leaves)
+        self.stand_ins: list[State] = []
+        self.dynamic = [i for i, leaf in enumerate(leaves) if eqx.is_array(leaf)]
+        made: dict[Cell, State] = {}
+        paths = jtu.tree_flatten_with_path(treedef.unflatten(leaves))[0]
+        for i, leaf in enumerate(leaves):
+            if eqx.is_array(leaf):
+                self.leaves[i] = ARRAY
+            elif isinstance(leaf, State) and stand_in:
+                if leaf._cell not in made:
+                    made[leaf._cell] = leaf._stand_in(_argument_path(paths[i][0]))
+                    self.stand_ins.append(made[leaf._cell])
+                self.leaves[i] = made[leaf._cell]
+            elif isinstance(leaf, State):
+                self.leaves[i] = Reference(leaf)
+
+    def build(self, dynamic: Sequence[Any]) -> tuple[tuple, dict]:
+        leaves = list(self.leaves)
+        for i, array in zip(self.dynamic, dynamic, strict=True):
+            leaves[i] = array
+        leaves = [x() if type(x) is Reference else x for x in leaves]
+        args, kwargs = self.treedef.unflatten(leaves)
+        args = tuple(a.value if type(a) is Static else a for a in args)
+        kwargs = {k: a.value if type(a) is Static else a for k, a in kwargs.items()}
+        return args, kwargs
+
+    def _argument(self) -> list[Any]:
+        """For every dynamic leaf the position or name of its argument."""
+        indices = self.treedef.unflatten(range(len(self.leaves)))
+        paths = [path for path, _ in jtu.tree_leaves_with_path(indices)]
+        return [_key(paths[i][1]) for i in self.dynamic]
+
+    def donated(self, donate: str) -> list[int]:
+        """The dynamic leaves that are donated: see `filter_jit`."""
+        if donate == "none":
+            return []
+        spared = 0 if donate.endswith("except-first") else None
+        return [i for i, arg in enumerate(self._argument()) if arg != spared]
+
+    def spread(self, shardings: Any) -> list[Any] | None:
+        """A prefix tree over the positional arguments, as a list for dynamic leaves."""
+        if shardings is None:
+            return None
+        args, _ = self.treedef.unflatten(range(len(self.leaves)))
+        if not isinstance(shardings, tuple):
+            shardings = (shardings,) * len(args)
+        by_leaf = spread_prefix(shardings, args)
+        n = len(by_leaf)
+        return [by_leaf[i] if i < n else None for i in self.dynamic]
+
+
+def spread_prefix(prefix: Any, tree: Any) -> list[Any]:
+    """For every leaf of `tree` the leaf of `prefix` that stands above it.
+
+    `None` and shardings are leaves of the prefix.
+    """
+
+    def is_leaf(x: Any) -> bool:
+        return x is None or isinstance(x, jax.sharding.Sharding)
+
+    spread: list[Any] = []
+
+    def add(item: Any, sub: Any) -> None:
+        spread.extend([item] * len(jtu.tree_leaves(sub)))
+
+    jtu.tree_map(add, prefix, tree, is_leaf=is_leaf)
+    return spread
+
+
+def _key(entry: Any) -> Any:
+    return entry.idx if hasattr(entry, "idx") else entry.key
+
+
+def _argument_path(path: tuple) -> str:
+    """`self.norm.mean` would be nicer than `args[0].norm.mean`, but names are unknown."""
+    first = path[1]
+    name = f"args[{first.idx}]" if hasattr(first, "idx") else str(first.key)
+    return name + jtu.keystr(path[2:])
+
+
+class StaticArguments:
+    """Which arguments are static as a whole, by position and by name.
+
+    As `jax.jit` does, positions are taken for names and names for positions where the
+    signature says what belongs together.
+    """
+
+    def __init__(self, fun: Any, argnums: Sequence[int], argnames: Sequence[str]):
+        self.argnums = tuple(argnums)
+        self.argnames = tuple(argnames)
+        try:
+            parameters = list(inspect.signature(fun).parameters.values())
+        except (ValueError, TypeError):  # a builtin has no signature
+            parameters = []
+        names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        self._also = [names.index(name) for name in self.argnames if name in names]
+        self._names = {
+            *self.argnames,
+            *(names[i] for i in self.argnums if -len(names) <= i < len(names)),
+        }
+
+    def __bool__(self) -> bool:
+        return bool(self.argnums or self.argnames)
+
+    def mark(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Wraps the arguments that are static."""
+        marked = list(args)
+        given = sum(name in self._names for name in kwargs)
+        for i in self.argnums:
+            if -len(args) <= i < len(args):
+                marked[i] = Static(args[i], f"at position {i}")
+            elif not given:
+                raise ValueError(
+                    f"static_argnums has {i}, but the call has only {len(args)} "
+                    "positional arguments."
+                )
+        for i in self._also:
+            if i < len(args) and type(marked[i]) is not Static:
+                marked[i] = Static(args[i], f"at position {i}")
+        names = self._names
+        return tuple(marked), {
+            k: Static(v, f"{k!r}") if k in names else v for k, v in kwargs.items()
+        }
+
+
+def split(args: tuple, kwargs: dict) -> tuple[list, tuple, list[State], Any, Any]:
+    """Takes arguments apart.
+
+    **Returns:** all leaves, the arrays among them, the States (each once), the
+    treedef, and the key: hashable, equal for arguments that differ only in their arrays
+    and in which States they hold. How States are shared is part of the key.
+    """
+    leaves, treedef = jtu.tree_flatten((args, kwargs))
+    dynamic: list[Any] = []
+    states: dict[Cell, State] = {}
+    index: dict[Cell, int] = {}
+    keys: list[Any] = []
+    concrete = array_class()
+    for i, leaf in enumerate(leaves):
+        if type(leaf) is concrete or eqx.is_array(leaf):
+            dynamic.append(leaf)
+            keys.append(ARRAY)
+        elif isinstance(leaf, State):
+            cell = leaf._cell
+            states.setdefault(cell, leaf)
+            keys.append((type(leaf), index.setdefault(cell, len(index))))
+        else:
+            key = static_key(leaf)
+            if is_identity(key):
+                raise _unhashable(leaves, treedef, i)
+            keys.append(key)
+    return (
+        leaves,
+        dynamic,
+        list(states.values()),
+        treedef,
+        (treedef_key(treedef), tuple(keys)),
+    )
+
+
+def check_arguments(args: tuple, kwargs: Mapping[str, Any]) -> None:
+    for i, arg in enumerate(args):
+        refuse_bare_state(arg, f"passed as argument {i}")
+    for name, arg in kwargs.items():
+        refuse_bare_state(arg, f"passed as argument {name!r}")
+
+
+def _unhashable(leaves: Sequence[Any], treedef: Any, index: int) -> TypeError:
+    paths = jtu.tree_leaves_with_path(treedef.unflatten(range(len(leaves))))
+    leaf = leaves[index]
+    return TypeError(
+        lesson(
+            f"the argument `{_argument_path(paths[index][0])}` can't be hashed: it is a "
+            f"{type(leaf).__name__}.",
+            "everything that is no array is static, and part of the key under which the "
+            "traced function is cached.",
+            "pass an array, or something hashable.",
+        )
+    )

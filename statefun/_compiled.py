@@ -1,0 +1,268 @@
+"""One `jax.jit` of a function, and the values that go in beside the arguments."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from . import _frame
+from ._args import spread_prefix
+from ._cache import Record
+from ._frame import Cell
+from ._program import OutTree
+from ._structure import ARRAY, Structure
+
+
+class Options(NamedTuple):
+    """How a function is to be traced and compiled."""
+
+    name: str = "fun"
+    static_argnums: tuple[int, ...] = ()
+    static_argnames: tuple[str, ...] = ()
+    axis_env: Any = None
+    ir_optimizations: tuple[str, ...] = ()
+    donate: str = "none"
+    donate_states: bool = False
+    in_shardings: Any = None
+    out_shardings: Any = None
+
+
+class Restart(Exception):
+    """The entry has learned something: call again with its new `Compiled`."""
+
+
+class Eager(Exception):
+    """`jax.disable_jit()` is on: the function itself is to run."""
+
+
+@runtime_checkable
+class Owner(Protocol):
+    """What a `Compiled` needs of the entry that it belongs to."""
+
+    def record(self, dynamic: Sequence[Any], known: dict) -> Record: ...
+    def learn(self, record: Record) -> bool: ...
+    def done(self, record: Record) -> None: ...
+
+
+class Inputs(NamedTuple):
+    """What goes into a compiled function beside its dynamic arguments."""
+
+    cells: tuple[Cell, ...]  # stand-ins for the States of arguments
+    targets: tuple[Cell | int, ...]  # the States, or their positions in the arguments
+    structures: tuple[Structure, ...]
+    consts: tuple[Any, ...]
+    donated: tuple[int, ...] = ()  # positions in `cells`
+    donated_leaves: tuple[int, ...] = ()
+    shardings: tuple[Any, ...] | None = None  # of the dynamic arguments
+    may_fail: bool = False
+
+
+class Compiled:
+    """A `jax.jit`, for States of given structures.
+
+    Its arguments are the dynamic leaves, the flat values of the States, the arrays that
+    the function closes over, and, where something is donated, the leaves and values
+    that are.
+    """
+
+    def __init__(self, entry: Owner, inputs: Inputs, options: Options):
+        self._entry = entry
+        self._inputs = inputs
+        self._options = options
+        self._const_index = {id(c): i for i, c in enumerate(inputs.consts)}
+        targets = inputs.targets
+        self.targets = targets
+        self.cells = list(targets) if all(type(t) is Cell for t in targets) else None
+        self.structures = inputs.structures
+        self.consts = inputs.consts
+        self.donated = inputs.donated
+        self.epoch = -1  # of `shared.structures`, when the structures last fitted
+
+        def body(dynamic, flats, consts, given=(), given_flats=()):  # type: ignore[no-untyped-def]
+            return self._body(dynamic, flats, consts, given, given_flats)
+
+        body.__name__ = body.__qualname__ = options.name
+        how = {}
+        if inputs.shardings is not None:
+            kept, given = _split(inputs.shardings, inputs.donated_leaves)
+            how["in_shardings"] = (kept, None, None, given, None)
+        self.jit = jax.jit(body, donate_argnums=(3, 4), **how)
+        self.call: Callable[..., Any] = self.jit
+        if inputs.donated_leaves or inputs.shardings is not None:
+            self.call = self._call_with_everything
+        if inputs.may_fail:
+            # Equinox turns the failure of a check into an error that can be read, and
+            # waits for it, which has to be done before anything is committed.
+            checked = eqx.filter_jit(body)
+            self.call = lambda dynamic, *rest: checked(self._placed(dynamic), *rest)
+
+    # -- calling --
+
+    def accepts(self, cells: Sequence[Cell], epoch: int) -> bool:
+        """Whether the States have the structures that this was compiled for."""
+        with _frame.lock:
+            fits = all(
+                c.structure is s for c, s in zip(cells, self.structures, strict=True)
+            )
+            if fits and self.cells is not None:
+                self.epoch = epoch
+        return fits
+
+    def run_by(self, executable: Callable[..., Any]) -> Compiled:
+        """The same, with an executable that was compiled ahead of time in its place."""
+        fixed = copy.copy(self)
+        fixed.epoch = -1
+        fixed.jit = executable
+
+        def call(dynamic: Any, flats: Any, _: Any) -> Any:
+            out = executable(*self.arguments(dynamic, flats))
+            return jax.block_until_ready(out) if self._inputs.may_fail else out
+
+        fixed.call = call
+        return fixed
+
+    def arguments(self, dynamic: Sequence[Any], flats: Sequence[Any]) -> tuple:
+        """The arguments of `jit`."""
+        kept, given = _split(dynamic, self._inputs.donated_leaves)
+        kept_flats, given_flats = _split(flats, self.donated)
+        return kept, kept_flats, self.consts, given, given_flats
+
+    def call_donating(self, dynamic: Sequence[Any], flats: list[Any]) -> Any:
+        for i in self.donated:
+            flats[i] = _copy_if_held(flats, i)
+        return self._quiet(*self.arguments(dynamic, flats))
+
+    def _call_with_everything(self, dynamic: Any, flats: Any, _: Any) -> Any:
+        return self._quiet(*self.arguments(dynamic, flats))
+
+    def _quiet(self, *args: Any) -> Any:
+        if self._options.donate.startswith("warn"):
+            return self.jit(*args)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="Some donated buffers were not usable"
+            )
+            return self.jit(*args)
+
+    def _placed(self, dynamic: Sequence[Any]) -> Sequence[Any]:
+        shardings = self._inputs.shardings
+        if shardings is None:
+            return dynamic
+        return [
+            x if s is None else jax.device_put(x, s)
+            for x, s in zip(dynamic, shardings, strict=True)
+        ]
+
+    # -- tracing: runs where JAX misses --
+
+    def _body(
+        self, dynamic: Any, flats: Any, consts: Any, given: Any, given_flats: Any
+    ) -> Any:
+        if jax.config.jax_disable_jit:
+            raise Eager
+        inputs = self._inputs
+        dynamic = _merge(dynamic, given, inputs.donated_leaves)
+        flats = _merge(flats, given_flats, self.donated)
+        values = list(zip(flats, self.structures, strict=True))
+        known = dict(zip(inputs.cells, values, strict=True))
+        record = self._entry.record(dynamic, known)
+        self._entry.learn(record)
+        if not self._covers(record):
+            raise Restart
+        program = record.program
+        closed_over = [
+            c if isinstance(c, jax.core.Tracer) else consts[self._const_index[id(c)]]
+            for c in program.consts
+        ]
+        reads = program.read_leaves(known.__getitem__)
+        outputs = jax.core.eval_jaxpr(program.jaxpr, closed_over, *dynamic, *reads)
+        leaves, writes = program.split(outputs)
+        if self._options.out_shardings is not None:
+            leaves = _constrain(leaves, program.out, self._options.out_shardings)
+        self._entry.done(record)
+        written = [flat for flat, _ in writes.values()]
+        if not self.donated:
+            return {record: (leaves, written)}
+        return {record: (leaves, written, [flats[i] for i in self.untouched(record)])}
+
+    def _covers(self, record: Record) -> bool:
+        """Whether everything that the program needs is an input here."""
+        program, inputs = record.program, self._inputs
+        return (
+            all(cell in inputs.cells for cell in program.reads)
+            and all(
+                id(c) in self._const_index
+                for c in program.consts
+                if not isinstance(c, jax.core.Tracer)
+            )
+            and (inputs.may_fail or not record.may_fail)
+        )
+
+    def untouched(self, record: Record) -> list[int]:
+        """Values that are donated, but not written by this program: they come back."""
+        cells = self._inputs.cells
+        return [i for i in self.donated if cells[i] not in record.program.writes]
+
+
+def _split(items: Sequence[Any], positions: Sequence[int]) -> tuple[list, list]:
+    chosen = set(positions)
+    kept = [x for i, x in enumerate(items) if i not in chosen]
+    return kept, [items[i] for i in positions]
+
+
+def _merge(kept: Sequence[Any], given: Sequence[Any], positions: Sequence[int]) -> list:
+    """The inverse of `_split`, also where nothing was split off."""
+    merged = list(kept)
+    for i, x in zip(positions, given, strict=bool(given)):
+        merged.insert(i, x)
+    return merged
+
+
+def _constrain(leaves: list[Any], out: OutTree, shardings: Any) -> list[Any]:
+    tree = out.treedef.unflatten(range(len(out.leaves)))
+    spread = spread_prefix(shardings, tree)
+    chosen = [s for s, leaf in zip(spread, out.leaves, strict=True) if leaf is ARRAY]
+    return [
+        x if s is None else jax.lax.with_sharding_constraint(x, s)
+        for x, s in zip(leaves, chosen, strict=True)
+    ]
+
+
+# -- donation: whose arrays are they? -----------------------------------------------
+
+
+def _copy_if_held(flats: list[Any], i: int) -> Any:
+    """The flat value, with a copy of each array that somebody else holds a reference to.
+
+    A donated array is deleted; one that the user has kept (`old = state.value`), that a
+    second State shares or another call is using must not be.
+    """
+    flat = flats[i]
+    if type(flat) is not list:
+        return jnp.copy(flat) if sys.getrefcount(flat) > _REFERENCES[0] else flat
+    if sys.getrefcount(flat) > _REFERENCES[1]:
+        return [jnp.copy(x) for x in flat]
+    return [jnp.copy(x) if sys.getrefcount(x) > _REFERENCES[2] else x for x in flat]
+
+
+def _calibrate() -> tuple[int, int, int]:
+    """The counts that the same code sees for a value nobody else holds."""
+    cell = Cell(object, None, "")
+    counts = []
+    for make in (lambda: object(), lambda: [object()]):
+        cell.flat = make()
+        flats = [cell.flat]
+        flat = flats[0]
+        counts.append(sys.getrefcount(flat))
+    counts += [sys.getrefcount(x) for x in flats[0]]
+    return counts[0], counts[1], counts[2]
+
+
+_REFERENCES = _calibrate()

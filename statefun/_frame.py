@@ -1,0 +1,611 @@
+"""Cells, and what a trace has done to them so far.
+
+A `Cell` is the storage of a State: its committed value, flat. While JAX traces a
+function, nothing is written there. Each trace has a *frame*, an overlay that remembers
+what the function has read and written; reads look in the frame first, then in its
+parents, then at the committed value. When a transform ends well it hands the writes of
+its frame on, to the parent frame or, at the top, to the cells; when the function raises
+the frame is dropped, and since nothing was changed nothing has to be restored.
+
+There are two kinds. An `Overlay` belongs to a trace that runs the function on values
+(grad, vmap, jvp): a read takes the parent's value. A `TracedFrame` belongs to a trace
+that makes a jaxpr (jit, scan, cond): the first read of a State becomes an equation,
+
+    a:f32[3] b:f32[] = state_read[index=0 avals=(f32[3], f32[])]
+
+which `_program.lift` takes out again, making `a` and `b` inputs of the jaxpr. This is
+how one trace finds out which States there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import types
+import weakref
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from typing import Any, TypeVar
+
+import jax
+import jax.tree_util as jtu
+import numpy as np
+
+from . import _compat
+from ._errors import StateTraceError, lesson
+from ._structure import Structure, flat_of, leaves_of
+
+UNSET: Any = type("Unset", (), {"__repr__": lambda self: "<no value>"})()
+"""The committed value of a State that was created inside a trace, until that ends."""
+
+
+class Cell:
+    """The storage of one State, and what errors say about it."""
+
+    __slots__ = (
+        "__weakref__",
+        "flat",
+        "handle",
+        "kind",
+        "name",
+        "path",
+        "structure",
+        "where",
+    )
+
+    def __init__(self, kind: type, name: str | None, where: str):
+        self.flat: Any = UNSET
+        self.structure: Structure = None  # type: ignore[assignment]
+        self.kind = kind
+        self.name = name
+        self.where = where
+        self.path: str | None = None
+        self.handle: weakref.ref | None = None
+
+    def describe(self) -> str:
+        name = f" {self.name!r}" if self.name is not None else ""
+        path = f" at `{self.path}`" if self.path else ""
+        return f"{self.kind.__name__}{name}{path} (created at {self.where})"
+
+    __repr__ = describe
+
+
+Value = tuple[Any, Structure]  # flat, and how it is put together
+
+
+class _Local(threading.local):
+    frame: Frame | None = None
+
+
+class _Shared:
+    """Counters that let a call see at a glance that nothing else happened."""
+
+    __slots__ = ("generation", "structures", "taken", "version")
+
+    def __init__(self) -> None:
+        self.taken: dict[Cell, int] = {}  # States lent to a donating call: by thread
+        self.version = 0  # grows with every commit
+        self.structures = 0  # grows when a State changes structure
+        self.generation = 0  # see `forget_inner_traces`
+
+
+local = _Local()
+shared = _Shared()
+lock = threading.RLock()
+"""Held for the moment of a snapshot or a commit, never while JAX runs. Re-entrant,
+because a finalizer that touches a State may run at any moment."""
+_given_back = threading.Condition(lock)
+
+
+# -- primitives ---------------------------------------------------------------------
+
+
+def _escaped(*_args: Any, **_params: Any) -> Any:
+    raise StateTraceError(
+        lesson(
+            "A State was read inside a JAX transformation that statefun does not see.",
+            "the read was recorded in a jaxpr that outlived the trace it belongs to.",
+            "use the transform of the same name from statefun.",
+        )
+    )
+
+
+state_read_p = _compat.define_primitive(
+    "state_read", lambda *, index, avals: list(avals), _escaped, _escaped
+)
+# The avals are parameters because JAX caches abstract evaluation by the parameters.
+
+_PROBE_AVAL = jax.typeof(np.zeros((), np.bool_))
+state_probe_p = _compat.define_primitive(
+    "state_probe",
+    lambda *, token: [_PROBE_AVAL],
+    lambda *, token: [np.zeros((), np.bool_)],
+    lambda ctx, *, token: _compat.mlir.ir_constants(np.zeros((), np.bool_)),
+)
+
+
+# -- frames -------------------------------------------------------------------------
+
+
+class Frame:
+    """What one trace has read and written so far.
+
+    Entering pushes the frame on this thread's stack, and must happen inside the trace
+    that the frame belongs to. After leaving, a frame holds no tracer: one that outlived
+    its trace (in a cached program) would keep the whole trace alive, and
+    `jax.checking_leaks()` would say so.
+    """
+
+    _makes_jaxpr = False
+    known: Mapping[Cell, Value] = types.MappingProxyType({})
+
+    def __init__(self) -> None:
+        self.parent: Frame | None = None
+        self.order: dict[Cell, None] = {}
+        self.reads: dict[Cell, Value] = {}
+        self.writes: dict[Cell, Value] = {}
+        self.created: dict[Cell, None] = {}
+        # States that a raw transform has kept the value of, see `forget_inner_traces`.
+        self.kept: set[Cell] = set()
+        self._contexts = contextlib.ExitStack()
+        self.checks = False  # a runtime check is in flight, see `_call`
+        self._handed: dict[Cell, tuple[Any, Structure, Any]] = {}
+
+    def __enter__(self) -> Frame:
+        self.parent = local.frame
+        self._trace = _compat.current_trace()
+        self._mark = _compat.trace_state()
+        local.frame = self
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        local.frame = self.parent
+        self._contexts.close()
+        try:
+            if kind is None:
+                self._check_mutation()
+        finally:
+            self.reads, self.writes = {}, {}
+            self._handed.clear()
+            self._trace = self.parent = None
+
+    def read(self, cell: Cell) -> Value:
+        if not self.is_current():
+            self._foreign_read(cell)
+        return self.peek(cell)
+
+    def peek(self, cell: Cell) -> Value:
+        """`read` by a frame further up, whose trace is not the current one."""
+        found = self.writes.get(cell) or self.reads.get(cell)
+        if found is None:
+            self.order.setdefault(cell)
+            found = self.reads[cell] = self._first_read(cell)
+        return found
+
+    def value(self, cell: Cell) -> Any:
+        flat, structure = self.read(cell)
+        handed = self._handed.get(cell)
+        if handed is None or handed[0] is not flat:
+            handed = self._handed[cell] = flat, structure, structure.unflatten(flat)
+        return handed[2]
+
+    def is_current(self) -> bool:
+        """Whether JAX is in the frame's own trace, not in a raw transform inside."""
+        return _compat.trace_state() == self._mark
+
+    def write(self, cell: Cell, flat: Any, structure: Structure) -> None:
+        if not self.is_current():
+            raise foreign_write(cell)
+        self.order.setdefault(cell)
+        # `d = s.value; d["n"] = 1; s.value = d` is fine: the write says what was meant.
+        self._handed.pop(cell, None)
+        self.writes[cell] = flat, structure
+        keeper = self._keeper()
+        if keeper is not None and cell in keeper.kept:
+            forget_inner_traces()
+
+    def create(self, cell: Cell, flat: Any, structure: Structure) -> None:
+        if not self.is_current() and any(
+            isinstance(x, jax.core.Tracer) for x in leaves_of(flat, structure)
+        ):
+            raise foreign_creation(cell)
+        self.created[cell] = None
+        self.writes[cell] = flat, structure
+
+    def _first_read(self, cell: Cell) -> Value:
+        raise NotImplementedError
+
+    def _keeper(self) -> Frame | None:
+        """The nearest frame whose trace makes a jaxpr."""
+        frame: Frame | None = self
+        while frame is not None and not frame._makes_jaxpr:
+            frame = frame.parent
+        return frame
+
+    def _foreign_read(self, cell: Cell) -> None:
+        """A read inside a raw JAX transform, which the frame does not belong to.
+
+        The value belongs to the frame's own trace, so it may be used in there. Raw
+        transforms that make a jaxpr keep it, though, and JAX may use that jaxpr again
+        in another trace: `forget_inner_traces` deals with it where a program is being
+        traced, and there is no remedy where none is.
+        """
+        keeper = self._keeper()
+        if keeper is None:
+            if _in_jaxpr_trace():
+                raise foreign_read(cell)
+        else:
+            keeper.kept.add(cell)
+            if isinstance(keeper, TracedFrame):
+                keeper.probes += 1
+                state_probe_p.bind(token=keeper.probes)
+
+    def _check_mutation(self) -> None:
+        for cell, (flat, structure, value) in self._handed.items():
+            if not structure.mutable:
+                continue
+            leaves, treedef = jtu.tree_flatten(value)
+            before = jtu.tree_leaves(structure.unflatten(flat))
+            same = treedef == structure.treedef and all(
+                x is y for x, y in zip(leaves, before, strict=True)
+            )
+            if not same:
+                raise mutated(cell)
+
+
+class Overlay(Frame):
+    """The frame of a transform that runs the function on values.
+
+    **Arguments:**
+
+    - `values`: what the States hold inside, where that differs from outside: the tracers
+        of the transform for the States that it differentiates or maps over.
+    - `makes_jaxpr`: whether JAX keeps what it sees as a jaxpr (shard_map).
+    - `view`: makes of the value that a State has outside the one that it has inside.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[Cell, Value] | None = None,
+        makes_jaxpr: bool = False,
+        view: Callable[[Cell, Value], Value] | None = None,
+    ):
+        super().__init__()
+        self._view = view
+        self._values = dict(values or {})
+        self._makes_jaxpr = makes_jaxpr
+
+    def __enter__(self) -> Frame:
+        super().__enter__()
+        self.reads.update(self._values)
+        self.order.update(dict.fromkeys(self._values))
+        self._values.clear()
+        self._top = self.parent is None and _compat.at_top_level()
+        return self
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        super().__exit__(kind, *rest)
+        if self._makes_jaxpr and self.kept:
+            forget_inner_traces()
+
+    def _first_read(self, cell: Cell) -> Value:
+        if self.parent is not None:
+            value = self.parent.peek(cell)
+            if self._view is None:
+                return value
+            with _compat.in_trace(self._trace):
+                return self._view(cell, value)
+        if not self._top and _in_jaxpr_trace():
+            raise foreign_read(cell)
+        return committed(cell)
+
+
+class TracedFrame(Frame):
+    """The frame of a transform that traces the function to a jaxpr.
+
+    **Arguments:**
+
+    - `known`: values of States that stand in for the parent's. Only what they look like
+        matters here.
+    """
+
+    _makes_jaxpr = True
+
+    def __init__(self, known: Mapping[Cell, Value] | None = None):
+        super().__init__()
+        self.known = known or {}
+        self.avals: dict[Cell, tuple] = {}
+        self.probes = 0
+
+    def _first_read(self, cell: Cell) -> Value:
+        flat, structure = self.known.get(cell) or current(cell, self.parent)
+        if flat is UNSET:
+            committed(cell)  # raises
+        avals = tuple(jax.typeof(x) for x in leaves_of(flat, structure))
+        self.avals[cell] = avals
+        with _compat.in_trace(self._trace):
+            arrays = state_read_p.bind(index=len(self.avals) - 1, avals=avals)
+        return flat_of(arrays, structure), structure
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        self.known = {}
+        super().__exit__(kind, *rest)
+
+
+# -- the committed values -----------------------------------------------------------
+
+
+def committed(cell: Cell) -> Value:
+    with lock:
+        if shared.taken:
+            wait_for([cell])
+        flat, structure = cell.flat, cell.structure
+    if flat is UNSET:
+        raise StateTraceError(
+            lesson(
+                f"{cell.describe()} has no value.",
+                "it was created inside a traced function and was not returned by it, so "
+                "its value ended with the trace.",
+                "return the module that holds the State from the function, or create the "
+                "State outside.",
+            )
+        )
+    return flat, structure
+
+
+def commit(writes: Mapping[Cell, Value], seen: Mapping[Cell, Any]) -> bool:
+    """Writes all the values in one step, unless one has changed since it was seen."""
+    with lock:
+        if shared.taken:
+            wait_for(writes)
+        if any(c.flat is not seen[c] for c in writes if c in seen):
+            return False
+        for cell, (flat, _) in writes.items():
+            cell.flat = flat
+        set_structures(writes, [structure for _, structure in writes.values()])
+        shared.version += 1
+    return True
+
+
+def set_structures(cells: Iterable[Cell], structures: Iterable[Structure]) -> None:
+    """To be called with the lock held, in one step with setting the values."""
+    for cell, structure in zip(cells, structures, strict=True):
+        if cell.structure is not structure:
+            cell.structure = structure
+            shared.structures += 1
+
+
+def wait_for(cells: Iterable[Cell]) -> None:
+    """To be called with the lock held: waits until no other thread has the States."""
+    cells, me = list(cells), threading.get_ident()
+    while any(shared.taken.get(cell, me) != me for cell in cells):
+        _given_back.wait()
+
+
+@contextlib.contextmanager
+def turn(cells: Sequence[Cell]) -> Iterator[None]:
+    """Keeps the States from all other threads, which wait."""
+    with lock:
+        wait_for(cells)
+        mine = [cell for cell in cells if cell not in shared.taken]
+        shared.taken.update(dict.fromkeys(mine, threading.get_ident()))
+    try:
+        yield
+    finally:
+        with lock:
+            for cell in mine:
+                del shared.taken[cell]
+            _given_back.notify_all()
+
+
+# -- what a State does with its cell ------------------------------------------------
+
+
+def value_of(cell: Cell) -> Any:
+    if local.frame is not None:
+        return local.frame.value(cell)
+    flat, structure = read(cell)
+    return structure.unflatten(flat)
+
+
+_INNERMOST: Any = object()
+
+
+def current(cell: Cell, frame: Frame | None = _INNERMOST) -> Value:
+    """The value as it stands in a frame, without counting as a read."""
+    if frame is _INNERMOST:
+        frame = local.frame
+    while frame is not None:
+        found = frame.writes.get(cell) or frame.reads.get(cell)
+        if found is not None:
+            return found
+        frame = frame.parent
+    return cell.flat, cell.structure
+
+
+def has_value(cell: Cell) -> bool:
+    """False for a State that was created inside a trace and has outlived it."""
+    frame = local.frame
+    while frame is not None:
+        if cell in frame.writes or cell in frame.reads or cell in frame.known:
+            return True
+        frame = frame.parent
+    return cell.flat is not UNSET
+
+
+def check_write(cell: Cell) -> None:
+    """Raises if a write would have to."""
+    frame = local.frame
+    if not (_compat.at_top_level() if frame is None else frame.is_current()):
+        raise foreign_write(cell)
+
+
+def read(cell: Cell) -> Value:
+    if local.frame is not None:
+        return local.frame.read(cell)
+    if not _compat.at_top_level() and _in_jaxpr_trace():
+        raise foreign_read(cell)
+    return committed(cell)
+
+
+def _in_jaxpr_trace() -> bool:
+    """Whether a raw transform that makes a jaxpr is under way (jit, scan, …)."""
+    (probe,) = state_probe_p.bind(token=0)
+    return isinstance(probe, jax.core.Tracer)
+
+
+def write(writes: Mapping[Cell, Value]) -> None:
+    """Writes to the current frame, or commits where there is none."""
+    frame = local.frame
+    if frame is not None:
+        for cell, (flat, structure) in writes.items():
+            frame.write(cell, flat, structure)
+        return
+    if writes and not _compat.at_top_level():
+        raise foreign_write(next(iter(writes)))
+    commit(writes, {})
+
+
+R = TypeVar("R")
+
+
+def transaction(run: Callable[[], R]) -> R:
+    """Runs a transform inside the frame there is, or in one of its own.
+
+    In the second case the States are written when it has succeeded: all of them, in one
+    step. If another thread has meanwhile written a State that the transform both reads
+    and writes, it runs again on the new values.
+    """
+    if local.frame is not None:
+        return run()
+    while True:
+        with Overlay() as frame:
+            out = run()
+            if _settle(frame):
+                return out
+
+
+def _settle(frame: Frame) -> bool:
+    frame._check_mutation()
+    writes = frame.writes
+    if not writes:
+        return True
+    if not frame._top:
+        raise foreign_write(next(iter(writes)))
+    if frame.checks:
+        jax.block_until_ready([flat for flat, _ in writes.values()])
+    return commit(writes, {c: flat for c, (flat, _) in frame.reads.items()})
+
+
+def nested(run: Callable[[], R]) -> R:
+    """Runs a function so that what it has written is dropped if it raises."""
+    with Overlay() as frame:
+        out = run()
+        writes, created, checks = frame.writes, frame.created, frame.checks
+    outer = local.frame
+    assert outer is not None, "a transform runs in a transaction"
+    outer.checks |= checks
+    for cell, value in writes.items():
+        (outer.create if cell in created else outer.write)(cell, *value)
+    return out
+
+
+def create(cell: Cell, flat: Any, structure: Structure) -> None:
+    if local.frame is not None:
+        local.frame.create(cell, flat, structure)
+        return
+    if any(isinstance(x, jax.core.Tracer) for x in leaves_of(flat, structure)):
+        raise foreign_creation(cell)
+    cell.flat, cell.structure = flat, structure
+
+
+# -- stale traces -------------------------------------------------------------------
+
+
+def forget_inner_traces() -> None:
+    """Makes JAX forget the traces of raw transforms that have kept a State's value.
+
+    JAX caches the jaxpr that a raw `lax.scan` or `jax.jit` made of its body. If the body
+    read a State, its value, a tracer, is kept in there: used again after a write it is
+    the old value, and in another trace it is another trace's tracer. From now on what is
+    traced in this thread is traced under a new value of a user context, which is part of
+    the keys of JAX's caches.
+    """
+    with lock:
+        shared.generation += 1
+    frame = local.frame
+    keeper = None if frame is None else frame._keeper()
+    if keeper is not None:
+        keeper._contexts.enter_context(trace_context())
+
+
+def trace_context() -> Any:
+    """Context manager under which a program is traced."""
+    frame = local.frame
+    while frame is not None:
+        if frame.kept:
+            with lock:
+                shared.generation += 1
+            break
+        frame = frame.parent
+    return _compat.trace_generation(shared.generation)
+
+
+# -- lessons ------------------------------------------------------------------------
+
+
+_TWINS = "`sf.filter_jit`, `sf.filter_grad`, `sf.filter_vmap`, `sf.scan`, …"
+
+
+def foreign_read(cell: Cell) -> StateTraceError:
+    return StateTraceError(
+        lesson(
+            f"{cell.describe()} was read inside a raw JAX transform.",
+            "`jax.jit`, `eqx.filter_jit`, `jax.lax.scan` and the like trace the function "
+            "once and keep what they saw: the State's value would be frozen into the "
+            "compiled code, and later changes of the State would be ignored.",
+            f"use the transform of the same name from statefun ({_TWINS}), or read the "
+            "State outside and pass the value in.",
+        )
+    )
+
+
+def foreign_write(cell: Cell) -> StateTraceError:
+    return StateTraceError(
+        lesson(
+            f"{cell.describe()} was written inside a raw JAX transform.",
+            "the value belongs to a JAX trace that statefun does not see (`jax.grad`, "
+            "`jax.vmap`, `jax.jit`, `jax.lax.scan`, an `eqx.filter_…`): it would be "
+            "stored as a tracer and be meaningless as soon as the transform ends.",
+            f"use the transform of the same name from statefun ({_TWINS}): it takes the "
+            "value out of the transform and writes it to the State.",
+        )
+    )
+
+
+def foreign_creation(cell: Cell) -> StateTraceError:
+    return StateTraceError(
+        lesson(
+            f"{cell.describe()} was given a tracer inside a raw JAX transform.",
+            "a State created there would hold a tracer, which is meaningless as soon as "
+            "the transform ends.",
+            f"use the transform of the same name from statefun ({_TWINS}): States that "
+            "the function creates and returns in a module come out with their values.",
+        )
+    )
+
+
+def mutated(cell: Cell) -> StateTraceError:
+    return StateTraceError(
+        lesson(
+            f"the value of {cell.describe()} was changed in place inside a trace.",
+            "`.value` puts the value together anew, so a change to one of its lists or "
+            "dicts would be lost.",
+            "assign the new value: `v = dict(state.value); v['k'] = x; state.value = v`.",
+        )
+    )

@@ -1,0 +1,490 @@
+"""`StatefulFunction`: a function, its traces, and which States they read and write."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
+
+import jax
+import jax.extend.core as jec
+import jax.tree_util as jtu
+
+from . import _compat, _frame
+from ._cache import CacheKey, Record
+from ._call import Caller
+from ._compiled import Options
+from ._errors import StateValueError, lesson
+from ._frame import Cell
+from ._program import Program
+from ._state import State
+from ._structure import Structure, flatten, leaves_of, normalise
+from .ir import normalize_optimizations
+
+
+class StateTrace(NamedTuple):
+    """What a trace has seen.
+
+    **Attributes:**
+
+    - `states`: every State that the function touched, in order of first access.
+    - `reads`: those whose incoming value is used.
+    - `writes`: those that are assigned.
+    - `avals`: for each of `states` the abstract values of its arrays: of the incoming
+        value where it is read, else of the value that is written.
+    """
+
+    states: tuple[State, ...]
+    reads: tuple[State, ...]
+    writes: tuple[State, ...]
+    avals: tuple[tuple, ...]
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class StatefulFunction(Generic[P, R]):
+    """A function that reads and writes States, traced to a pure jaxpr.
+
+    It is what `filter_jit` is built on, and says of a function which States it touches.
+    Arrays among the arguments (`eqx.is_array`) are dynamic, everything else is static.
+    States are found by tracing, however the function reaches them.
+
+    **Arguments:**
+
+    - `fun`: a function, a `functools.partial`, an `eqx.Module` with `__call__`, or a
+        bound method of one.
+    - `static_argnums`, `static_argnames`: arguments that are static as a whole. They
+        have to be hashable. Negative positions count from the end.
+    - `axis_env`: `[("i", 4), …]`: names and sizes of mapped axes, to trace code with
+        collectives outside of the transform that binds the axis.
+    - `name`: what the compiled program is called; by default the function's name.
+    - `return_only_write`: whether the jaxpr returns only the States that are written, or
+        all of them.
+    - `ir_optimizations`: a name, or a sequence of names, of the passes to run on the
+        jaxpr: see [`statefun.optimize_jaxpr`][].
+
+    The methods take the function's own arguments and trace the function if they have to.
+    The last 128 traces are kept. Each `…_by_cache` method takes a
+    [`statefun.CacheKey`][] and answers from the newest trace that is filed under it.
+
+    Where the function has a keyword argument with the name of one of ours
+    (`compile_if_miss`), bind it with `functools.partial` first.
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp, statefun as sf
+
+        count = sf.State(jnp.array(0), name="count")
+
+        def step(x):
+            count.value += 1
+            return x * count.value
+
+        fn = sf.StatefulFunction(step)
+        print(fn.get_jaxpr(2.0).jaxpr)
+        print(fn.get_write_states(2.0))
+        (new_count,), out = fn.jaxpr_call((jnp.array(9),), 2.0)  # pure
+        fn(2.0)  # compiled; writes the State
+        ```
+    """
+
+    def __init__(
+        self,
+        fun: Callable[P, R],
+        static_argnums: int | Sequence[int] = (),
+        static_argnames: str | Iterable[str] = (),
+        axis_env: Sequence[tuple[Any, int]] | None = None,
+        name: str | None = None,
+        return_only_write: bool = True,
+        ir_optimizations: str | Sequence[str] | None = None,
+    ):
+        if not callable(fun):
+            raise TypeError(f"fun has to be callable, but is {fun!r}.")
+        self.fun = fun
+        self.static_argnums = _as_tuple(static_argnums, int)
+        self.static_argnames = _as_tuple(static_argnames, str)
+        self.axis_env = axis_env
+        self.name = name if name is not None else name_of(fun)
+        self.return_only_write = return_only_write
+        self.ir_optimizations = ir_optimizations
+        options = Options(
+            name=self.name,
+            static_argnums=self.static_argnums,
+            static_argnames=self.static_argnames,
+            axis_env=axis_env,
+            ir_optimizations=normalize_optimizations(ir_optimizations),
+        )
+        self._caller = Caller(fun, options)
+
+    def __repr__(self) -> str:
+        return f"StatefulFunction({self.name})"
+
+    def _compile_with(self, **options: Any) -> None:
+        """Options that don't change what is traced, only how it is compiled."""
+        self._caller = Caller(self.fun, self._caller.options._replace(**options))
+
+    # -- tracing and asking --
+
+    def make_jaxpr(self, /, *args: Any, **kwargs: Any) -> StatefulFunction:
+        """Traces the function for these arguments, unless it has been.
+
+        **Returns:** the `StatefulFunction` itself.
+
+        **Raises:** `TypeError` if a State is passed or returned bare or in a plain
+        tuple, list or dict; `ValueError` if `static_argnums` names a position that the
+        call doesn't have.
+        """
+        self._find(args, kwargs)
+        return self
+
+    def get_arg_cache_key(
+        self, /, *args: Any, compile_if_miss: bool = False, **kwargs: Any
+    ) -> CacheKey:
+        """The key under which a trace for these arguments is filed.
+
+        **Arguments:**
+
+        - `compile_if_miss`: whether to trace the function if there is no such trace.
+        """
+        if compile_if_miss:
+            return self._find(args, kwargs)[0].key
+        entry, dynamic, _ = self._caller.entry(args, kwargs)
+        return entry.cache_key([jax.typeof(x) for x in dynamic])
+
+    def get_jaxpr(
+        self, /, *args: Any, compile_if_miss: bool = True, **kwargs: Any
+    ) -> jec.ClosedJaxpr:
+        """The jaxpr.
+
+        Its inputs are the dynamic leaves of the arguments, then the arrays of the States
+        whose incoming value is used, in the order of `get_states`. Its outputs are the
+        arrays of the result, then those of the States (only of the written ones with
+        `return_only_write`), in the same order.
+        """
+        return self._jaxpr(*self._find(args, kwargs, compile_if_miss))
+
+    def get_jaxpr_by_cache(self, key: CacheKey, /) -> jec.ClosedJaxpr:
+        """As `get_jaxpr`, for a key of `get_arg_cache_key`."""
+        return self._jaxpr(*self._by_key(key))
+
+    def get_out_shapes(self, /, *args: Any, **kwargs: Any) -> tuple[Any, tuple]:
+        """What comes out.
+
+        **Returns:** the result, and a tuple of the values of the States that the jaxpr
+        returns, in each case with a `jax.ShapeDtypeStruct` for every array.
+        """
+        return self._out_shapes(*self._find(args, kwargs))
+
+    def get_out_shapes_by_cache(self, key: CacheKey, /) -> tuple[Any, tuple]:
+        """As `get_out_shapes`, for a key of `get_arg_cache_key`."""
+        return self._out_shapes(*self._by_key(key))
+
+    def get_out_treedef(self, /, *args: Any, **kwargs: Any) -> jtu.PyTreeDef:
+        """The tree structure of what `get_out_shapes` returns."""
+        return jtu.tree_structure(self.get_out_shapes(*args, **kwargs))
+
+    def get_out_treedef_by_cache(self, key: CacheKey, /) -> jtu.PyTreeDef:
+        """As `get_out_treedef`, for a key of `get_arg_cache_key`."""
+        return jtu.tree_structure(self.get_out_shapes_by_cache(key))
+
+    def get_states(self, /, *args: Any, **kwargs: Any) -> tuple[State, ...]:
+        """All States that the function touches, in order of first access."""
+        return self._trace(*self._find(args, kwargs)).states
+
+    def get_states_by_cache(self, key: CacheKey, /) -> tuple[State, ...]:
+        """As `get_states`, for a key of `get_arg_cache_key`."""
+        return self._trace(*self._by_key(key)).states
+
+    def get_read_states(self, /, *args: Any, **kwargs: Any) -> tuple[State, ...]:
+        """The States whose incoming value is used, in order of first access."""
+        return self._trace(*self._find(args, kwargs)).reads
+
+    def get_read_states_by_cache(self, key: CacheKey, /) -> tuple[State, ...]:
+        """As `get_read_states`, for a key of `get_arg_cache_key`."""
+        return self._trace(*self._by_key(key)).reads
+
+    def get_write_states(self, /, *args: Any, **kwargs: Any) -> tuple[State, ...]:
+        """The States that are assigned, in order of first access."""
+        return self._trace(*self._find(args, kwargs)).writes
+
+    def get_write_states_by_cache(self, key: CacheKey, /) -> tuple[State, ...]:
+        """As `get_write_states`, for a key of `get_arg_cache_key`."""
+        return self._trace(*self._by_key(key)).writes
+
+    def get_state_trace(self, /, *args: Any, **kwargs: Any) -> StateTrace:
+        """The record of the trace: States, reads, writes, abstract values."""
+        return self._trace(*self._find(args, kwargs))
+
+    def get_state_trace_by_cache(self, key: CacheKey, /) -> StateTrace:
+        """As `get_state_trace`, for a key of `get_arg_cache_key`."""
+        return self._trace(*self._by_key(key))
+
+    # -- calling --
+
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Runs the function, compiled, on the States' current values and commits."""
+        return self._caller.run(args, kwargs)
+
+    jaxpr_call_auto = __call__
+
+    def jaxpr_call(
+        self, state_vals: Sequence[Any], /, *args: Any, **kwargs: Any
+    ) -> tuple[tuple, Any]:
+        """Evaluates the jaxpr on given values of the States: pure.
+
+        It reads and writes no State, and so works under any JAX transform.
+
+        **Arguments:**
+
+        - `state_vals`: one value for each State, in the order of `get_states`. The value
+            of a State that is only written is not used.
+
+        **Returns:** `(new_state_vals, out)`, with one value for each State: `None` for
+        one that is only read, if `return_only_write`.
+
+        **Raises:** `ValueError` on a wrong number of values, or on one whose structure,
+        shape or dtype is not that of the trace.
+        """
+        record, states = self._find(args, kwargs)
+        program = record.program
+        values = _check_values(program, states, state_vals)
+        dynamic = self._caller.entry(args, kwargs)[1]
+        outputs = jax.core.eval_jaxpr(
+            program.jaxpr,
+            program.consts,
+            *dynamic,
+            *program.read_leaves(values.__getitem__),
+        )
+        leaves, writes = program.split(outputs)
+        new = writes if self.return_only_write else values | writes
+        new_vals = tuple(
+            new[cell][1].unflatten(new[cell][0]) if cell in new else None
+            for cell in program.order
+        )
+        return new_vals, program.out.build(leaves, _argument_states(record, states))
+
+    # -- the cache --
+
+    def get_cache_stats(self) -> dict[str, dict[str, Any]]:
+        """Size, limit, hits, misses and rate of hits of the cache."""
+        return {"compilation_cache": self._caller.records.stats()}
+
+    def clear_cache(self) -> None:
+        """Forgets everything that was traced and compiled."""
+        self._caller.clear()
+
+    def validate_states(self, key: CacheKey, /) -> bool:
+        """Whether the States still fit what was traced under `key`.
+
+        **Raises:** `ValueError` that names the States that are gone, or have a value of
+        another structure, shape or dtype.
+        """
+        record, states = self._by_key(key)
+        problems = _misfits(record, states)
+        if problems:
+            raise StateValueError(
+                f"{self.name}: {len(problems)} of the States don't fit the trace.\n"
+                + "\n".join(f"- {p}" for p in problems)
+            )
+        return True
+
+    def validate_all_states(self) -> dict[CacheKey, bool | str]:
+        """For every key True, or what `validate_states` says."""
+        found: dict[CacheKey, bool | str] = {}
+        for record in self._caller.records.all():
+            try:
+                found[record.key] = self.validate_states(record.key)
+            except StateValueError as error:
+                found[record.key] = str(error)
+        return found
+
+    # -- inside --
+
+    def _find(
+        self, args: tuple, kwargs: dict, trace: bool = True
+    ) -> tuple[Record, list[State | None]]:
+        """The record for these arguments, and the States it is about."""
+        self._caller.records.lookups += 1
+        entry, dynamic, states = self._caller.entry(args, kwargs)
+        record = entry.look_up(dynamic, states, trace)
+        if record is None:
+            self._caller.records.misses += 1
+            raise self._unknown(entry.cache_key([jax.typeof(x) for x in dynamic]))
+        handles = {c: states[i] for c, i in entry.arg_cells.items()}
+        return record, [handles.get(c) or _handle(c) for c in record.program.order]
+
+    def _by_key(self, key: CacheKey) -> tuple[Record, list[State | None]]:
+        records = self._caller.records.with_key(key)
+        if not records:
+            raise self._unknown(key)
+        return records[0], [ref() for ref in records[0].states]
+
+    def _unknown(self, key: CacheKey) -> ValueError:
+        known = dict.fromkeys(r.key for r in self._caller.records.all())
+        listed = "\n".join(f"- {k}" for k in known) or "(none)"
+        return ValueError(
+            f"{self.name}: nothing was traced for this key.\n\nAsked for: {key}\n\n"
+            f"Known:\n{listed}\n\nInstead: call `make_jaxpr` with the arguments first, "
+            "or a method that takes the arguments."
+        )
+
+    def _trace(self, record: Record, states: Sequence[State | None]) -> StateTrace:
+        program = record.program
+        by_cell = dict(zip(program.order, states, strict=True))
+        missing = [c for c, state in by_cell.items() if state is None]
+        if missing:
+            raise StateValueError(
+                f"{self.name}: {missing[0].describe()} of the trace is gone."
+            )
+        found: dict[Cell, Any] = by_cell
+        return StateTrace(
+            states=tuple(found.values()),
+            reads=tuple(found[c] for c in program.order if c in program.reads),
+            writes=tuple(found[c] for c in program.order if c in program.writes),
+            avals=tuple(program.avals(c) for c in program.order),
+        )
+
+    def _returned(self, program: Program) -> list[Cell]:
+        """The States whose values the jaxpr returns."""
+        if self.return_only_write:
+            return list(program.writes)
+        return list(program.order)
+
+    def _jaxpr(self, record: Record, _: Any) -> jec.ClosedJaxpr:
+        program = record.program
+        if self.return_only_write:
+            return program.closed
+        jaxpr = program.jaxpr
+        values = program.split(jaxpr.outvars)[1]
+        invars = jaxpr.invars[len(program.in_avals) :]
+        values = program.unflatten_reads(invars) | values
+        outvars = list(jaxpr.outvars[: program.n_out])
+        for cell in program.order:
+            outvars.extend(leaves_of(*values[cell]))
+        full = jaxpr.replace(constvars=jaxpr.constvars, outvars=outvars)
+        return _compat.close(full, program.consts)
+
+    def _out_shapes(self, record: Record, states: Any) -> tuple[Any, tuple]:
+        program = record.program
+        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in program.out_avals]
+        out = program.out.build(
+            shapes[: program.n_out], _argument_states(record, states)
+        )
+        values = program.split(shapes)[1]
+        reads = program.unflatten_reads(
+            [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in program.read_avals_flat]
+        )
+        values = reads | values
+        return out, tuple(
+            values[c][1].unflatten(values[c][0]) for c in self._returned(program)
+        )
+
+
+def make_jaxpr(
+    fun: Callable[..., Any],
+    static_argnums: int | Sequence[int] = (),
+    static_argnames: str | Iterable[str] = (),
+    axis_env: Sequence[tuple[Any, int]] | None = None,
+    return_shape: bool = False,
+    return_only_write: bool = False,
+) -> Callable[..., tuple]:
+    """As `jax.make_jaxpr`, for functions that read and write States.
+
+    **Arguments:** as of [`statefun.StatefulFunction`][]; and
+
+    - `return_shape`: whether the shapes of what comes out are returned, too.
+
+    **Returns:** a function that takes the arguments of `fun` and returns
+    `(closed_jaxpr, states)`, or `(closed_jaxpr, states, out_shapes)`. Of inputs and
+    outputs of the jaxpr see `StatefulFunction.get_jaxpr`; of the shapes
+    `StatefulFunction.get_out_shapes`.
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp, statefun as sf
+
+        count = sf.State(jnp.array(0))
+        jaxpr, states = sf.make_jaxpr(lambda x: x + count.value)(1)
+        ```
+    """
+    traced = StatefulFunction(
+        fun,
+        static_argnums,
+        static_argnames,
+        axis_env,
+        return_only_write=return_only_write,
+    )
+
+    @functools.wraps(fun, updated=())
+    def jaxpr_of(*args: Any, **kwargs: Any) -> tuple:
+        record, states = traced._find(args, kwargs)
+        found = traced._jaxpr(record, states), traced._trace(record, states).states
+        return (*found, traced._out_shapes(record, states)) if return_shape else found
+
+    return jaxpr_of
+
+
+def name_of(fun: Any) -> str:
+    while isinstance(fun, functools.partial):
+        fun = fun.func
+    return getattr(fun, "__name__", type(fun).__name__)
+
+
+def _as_tuple(x: Any, kind: type) -> tuple:
+    return (x,) if isinstance(x, kind) else tuple(x)
+
+
+def _handle(cell: Cell) -> State | None:
+    return None if cell.handle is None else cell.handle()
+
+
+def _argument_states(record: Record, states: Sequence[State | None]) -> list[Any]:
+    """The States among the arguments, by position, as `OutTree.build` wants them."""
+    return record.arguments(states)
+
+
+def _check_values(
+    program: Program, states: Sequence[State | None], values: Sequence[Any]
+) -> dict[Cell, tuple[Any, Structure]]:
+    cells = program.order
+    if len(values) != len(cells):
+        named = ", ".join(c.describe() for c in cells) or "none"
+        raise ValueError(
+            f"state_vals has {len(values)} values, but the function touches "
+            f"{len(cells)} States: {named}."
+        )
+    found = {}
+    for cell, value in zip(cells, values, strict=True):
+        structure = program.reads.get(cell)
+        if structure is None:
+            continue
+        flat, given = flatten(normalise(value))
+        problem = program.misfit(cell, flat, given)
+        if problem:
+            raise StateValueError(
+                lesson(
+                    f"state_vals has a value for {cell.describe()} that doesn't fit: "
+                    f"{problem}.",
+                    "the jaxpr was traced for values of one structure, shape and dtype.",
+                    "pass a value like the State's present one, or trace again with "
+                    "the State holding such a value.",
+                )
+            )
+        found[cell] = flat, given
+    return found
+
+
+def _misfits(record: Record, states: Sequence[State | None]) -> list[str]:
+    problems = []
+    for cell, state in zip(record.program.order, states, strict=True):
+        if state is None:
+            problems.append(f"{cell.describe()} is gone")
+        elif cell in record.program.reads:
+            problem = record.program.misfit(cell, *_frame.current(state._cell))
+            if problem:
+                problems.append(f"{cell.describe()}: {problem}")
+    return problems

@@ -1,0 +1,258 @@
+"""The mutable cell that users see."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import weakref
+from typing import Any, Generic, TypeVar
+
+import equinox as eqx
+import jax
+
+from . import _errors, _frame
+from ._errors import StateTypeError, lesson
+from ._structure import Structure, flatten, leaves_of, normalise
+
+T = TypeVar("T")
+
+
+class State(Generic[T]):
+    """A mutable cell that statefun's transforms see.
+
+    A State is read and written through `.value`. Inside a statefun transform
+    ([`statefun.filter_jit`][], …) reads become inputs of the compiled function and
+    writes its outputs, however the function reached the State: as a leaf of a module
+    that is an argument, through a closure, or as a global. Outside of any transform
+    reads and writes just happen.
+
+    The value is any pytree. Its arrays (`eqx.is_array`) are dynamic, everything else is
+    static. Numbers and NumPy arrays become jax arrays when they are the value or sit in
+    its plain tuples, lists and dicts; inside an `eqx.Module` they are left as they are.
+    A Python number that is written takes the dtype of the array it replaces, and weak
+    types are dropped. A State may sit in another State's value.
+
+    `==` is identity. A State can't be hashed, can be copied and pickled (a State that
+    occurs twice in what is copied is one State in the copy), and is a leaf, not a node,
+    of pytrees.
+
+    **Arguments:**
+
+    - `value`: any pytree.
+    - `name`: what errors and reports call the State.
+
+    **Raises:** `statefun.StateTraceError` on a write, or a read that can't be right,
+    inside a JAX transform that is not statefun's.
+
+    !!! example
+
+        ```python
+        import equinox as eqx, jax.numpy as jnp, statefun as sf
+
+        class Counter(eqx.Module):
+            count: sf.State
+
+            def __init__(self):
+                self.count = sf.State(jnp.array(0), name="count")
+
+            @sf.filter_jit
+            def __call__(self, x):
+                self.count.value += 1
+                return x * self.count.value
+        ```
+
+    !!! warning
+
+        `state.value += 1` outside of a transform is a read and then a write: two threads
+        that do it at the same time may count once. Inside `filter_jit` both count.
+    """
+
+    __slots__ = ("__weakref__", "_cell")
+
+    _cell: _frame.Cell
+
+    def __init__(self, value: T, *, name: str | None = None):
+        _refuse_state(value, type(self).__name__)
+        flat, structure = flatten(normalise(value))
+        self._attach(flat, structure, name, _errors.caller(self))
+
+    def _attach(self, flat: Any, structure: Any, name: str | None, where: str) -> None:
+        cell = _frame.Cell(type(self), name, where)
+        cell.handle = weakref.ref(self)
+        _frame.create(cell, flat, structure)
+        self._cell = cell
+
+    @property
+    def value(self) -> T:
+        """The value, put together from the current arrays."""
+        return _frame.value_of(self._cell)
+
+    @value.setter
+    def value(self, value: T) -> None:
+        cell = self._cell
+        _refuse_state(value, cell.describe())
+        _frame.check_write(cell)
+
+        def present() -> Any:
+            # A number takes the dtype that the State has: then the State is read, too.
+            return _frame.value_of(cell) if _frame.has_value(cell) else None
+
+        try:
+            flat, structure = flatten(normalise(value, present))
+        except TypeError as error:
+            raise StateTypeError(
+                lesson(
+                    f"a value of the wrong type was written to {cell.describe()}: {error}.",
+                    "a Python number that is written takes the dtype of the array it "
+                    "replaces, and must not lose its value by it.",
+                    "write an array of the dtype that you want: `jnp.asarray(value)`.",
+                )
+            ) from error
+        _frame.write({cell: (flat, structure)})
+
+    @property
+    def name(self) -> str | None:
+        """The name given at creation."""
+        return self._cell.name
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        raise StateTypeError(
+            lesson(
+                f"{self._cell.describe()} was hashed.",
+                "a State can't be hashed, on purpose: `eqx.filter_jit` and "
+                "`jax.jit(static_argnums=…)` would take it for a static value and freeze "
+                "its present value into the compiled code.",
+                "`sf.filter_jit` in place of `eqx.filter_jit`; as the key of a dict, "
+                "`id(state)`.",
+            )
+        )
+
+    def __repr__(self) -> str:
+        flat, structure = _frame.current(self._cell)
+        name = f"name={self.name!r}, " if self.name is not None else ""
+        return f"{type(self).__name__}({name}{_summary(flat, structure)})"
+
+    # Copies are new States; `copy` and `pickle` keep track of what they have copied,
+    # so a State that occurs twice stays one.
+
+    def __copy__(self) -> State[T]:
+        return self._like(_frame.read(self._cell))
+
+    def __deepcopy__(self, memo: dict) -> State[T]:
+        flat, structure = _frame.read(self._cell)
+        shell = self._shell()
+        new = memo[id(self)] = shell._bare()
+        value = flatten(copy.deepcopy(structure.unflatten(flat), memo))
+        new._attach(*value, shell.name, shell.where)
+        for key, attribute in shell.attributes.items():
+            object.__setattr__(new, key, copy.deepcopy(attribute, memo))
+        return new
+
+    def _shell(self) -> Shell:
+        cell = self._cell
+        return Shell(type(self), cell.name, cell.where, _attributes(self))
+
+    def _stand_in(self, path: str) -> State[T]:
+        """A State of the same kind and name without a value, for a traced function."""
+        new = self._shell()._bare()
+        new._cell = _frame.Cell(type(self), self.name, self._cell.where)
+        new._cell.path = path
+        new._cell.handle = weakref.ref(new)
+        return new
+
+    def _like(self, value: _frame.Value) -> State[T]:
+        return self._shell().state(*value)
+
+    def __reduce__(self) -> Any:
+        flat, structure = _frame.read(self._cell)
+        return _unpickle, (self._shell(), structure.unflatten(flat))
+
+
+class Param(State[T]):
+    """A State that is trained: its inexact arrays are what gradients are taken of.
+
+    Nothing else sets it apart from a [`statefun.State`][]. Subclass `State` in the same
+    way for kinds of your own (`class Cache(sf.State): ...`) and pick them out of a tree
+    with `sf.states(tree, Cache)`.
+
+    !!! example
+
+        ```python
+        import equinox as eqx, jax, statefun as sf
+
+        model = sf.Param(eqx.nn.Linear(2, 3, key=jax.random.key(0)), name="model")
+        model.value(jax.numpy.ones(2))
+        ```
+    """
+
+    __slots__ = ()
+
+
+def _refuse_state(value: Any, owner: str) -> None:
+    if isinstance(value, State):
+        raise StateTypeError(
+            lesson(
+                f"{value._cell.describe()} was given to {owner} as its value.",
+                "a State whose whole value is another State would have two `.value`s, "
+                "one of them a State.",
+                "pass `state.value`, or keep the State itself.",
+            )
+        )
+
+
+def _attributes(state: State) -> dict[str, Any]:
+    """What a subclass has added."""
+    names = [n for c in type(state).__mro__ for n in getattr(c, "__slots__", ())]
+    own = {n: getattr(state, n) for n in names if n not in _OWN and hasattr(state, n)}
+    return own | dict(getattr(state, "__dict__", {}))
+
+
+_OWN = ("__weakref__", "__dict__", "_cell")
+
+
+def is_state(x: Any) -> bool:
+    """Whether `x` is a [`statefun.State`][] (of any kind).
+
+    Meant as the `is_leaf` or filter argument of tree functions; a State is a leaf
+    anyway.
+    """
+    return isinstance(x, State)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shell:
+    """All of a State but its value: enough to make another one like it."""
+
+    kind: type
+    name: str | None = dataclasses.field(compare=False)
+    where: str = dataclasses.field(compare=False)
+    attributes: dict[str, Any]  # of a subclass
+
+    def state(self, flat: Any, structure: Structure) -> Any:
+        new = self._bare()
+        new._attach(flat, structure, self.name, self.where)
+        return new
+
+    def _bare(self) -> Any:
+        new = self.kind.__new__(self.kind)
+        for key, attribute in self.attributes.items():
+            object.__setattr__(new, key, attribute)
+        return new
+
+
+def _unpickle(shell: Shell, value: Any) -> Any:
+    return shell.state(*flatten(value))
+
+
+def _summary(flat: Any, structure: Any) -> str:
+    if flat is _frame.UNSET:
+        return "<no value>"
+    leaves = leaves_of(flat, structure)
+    if leaves is not flat:  # one array
+        aval = jax.typeof(flat)
+        return f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
+    pretty = eqx.tree_pformat(structure.unflatten(flat), width=1_000_000)
+    return " ".join(pretty.split())

@@ -1,0 +1,257 @@
+"""`filter_jvp`, `filter_vjp`, and the Jacobians and the Hessian."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax.tree_util as jtu
+
+from .._program import unpack
+from .._state import Param, State
+from ._thread import (
+    Opened,
+    Wrapper,
+    close_states,
+    is_opened,
+    only_states,
+    open_states,
+    threaded,
+    transaction,
+    values_at,
+)
+
+
+def filter_jvp(
+    fn: Callable[..., Any],
+    primals: Sequence[Any],
+    tangents: Sequence[Any],
+    **kwargs: Any,
+) -> tuple[Any, Any]:
+    """As `equinox.filter_jvp`, for functions that read and write States.
+
+    **Arguments:**
+
+    - `fn`: the function. What it writes to States comes out as primal values.
+    - `primals`: where to evaluate it.
+    - `tangents`: of the structure of `primals`, with None for what is not differentiated.
+        In the place of a State in `primals` may stand a tangent of its value.
+    - `kwargs`: keyword arguments of `fn`; not differentiated.
+
+    **Returns:** `(primals_out, tangents_out)`.
+
+    **Raises:** `ValueError` if the structures of `primals` and `tangents` differ.
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp, statefun as sf
+
+        scale = sf.State(jnp.array(3.0))
+        sf.filter_jvp(lambda x: x * scale.value, (jnp.array(2.0),), (jnp.array(1.0),))
+        ```
+    """
+
+    def run() -> tuple[Any, Any]:
+        wanted = _tangents_of_states(primals, tangents)
+        opened, states = open_states(primals, lambda s: s._cell in wanted)
+
+        def tangent(primal: Any, given: Any) -> Any:
+            if not is_opened(primal):
+                return given
+            return Opened(None if primal.value is None else given, primal.cell)
+
+        opened_tangents = jtu.tree_map(
+            tangent, opened, tangents, is_leaf=lambda x: is_opened(x) or x is None
+        )
+
+        def inner(*args: Any) -> Any:
+            args, inside = close_states(args, states)
+            return threaded(lambda: fn(*args, **kwargs), inside)
+
+        (out, written), (tangents_out, _) = eqx.filter_jvp(
+            inner, opened, opened_tangents
+        )
+        written.hand_over()
+        return unpack(out), tangents_out
+
+    return transaction(run)
+
+
+def _tangents_of_states(primals: Any, tangents: Any) -> set[Any]:
+    """The States in whose place there is a tangent."""
+    leaves, treedef = jtu.tree_flatten(primals)
+    try:
+        parts = treedef.flatten_up_to(tangents)
+    except ValueError:
+        return set()  # Equinox says what is wrong
+    pairs = zip(leaves, parts, strict=True)
+    return {x._cell for x, t in pairs if isinstance(x, State) and t is not None}
+
+
+def filter_vjp(fun: Callable[..., Any], *primals: Any, has_aux: bool = False) -> tuple:
+    """As `equinox.filter_vjp`, for functions that read and write States.
+
+    **Arguments:**
+
+    - `fun`: the function. What it writes to States comes out as primal values.
+    - `primals`: where to evaluate it. Inexact arrays are differentiated, and so are the
+        values of the `Param`s in here.
+    - `has_aux`: whether `fun` returns a pair of result and auxiliary data.
+
+    **Returns:** `(out, vjp_fn)`, or `(out, vjp_fn, aux)`. `vjp_fn` takes a cotangent of
+    `out` and returns a tuple of those of `primals`, with the cotangent of its value in
+    the place of a `Param`.
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp, statefun as sf
+
+        scale = sf.State(jnp.array(3.0))
+        out, vjp_fn = sf.filter_vjp(lambda x: x * scale.value, jnp.array(2.0))
+        (grad,) = vjp_fn(jnp.array(1.0))
+        ```
+    """
+
+    def run() -> tuple:
+        opened, states = open_states(primals, is_param)
+
+        def inner(*args: Any) -> Any:
+            args, inside = close_states(args, states)
+            out, written = threaded(lambda: fun(*args), inside)
+            out, aux = out if has_aux else (out, None)
+            return out, (aux, written)
+
+        out, vjp_fn, (aux, written) = eqx.filter_vjp(inner, *opened, has_aux=True)
+        written.hand_over()
+        pull = lambda *cotangents: values_at(vjp_fn(*cotangents))  # noqa: E731
+        return (out, pull, unpack(aux)) if has_aux else (unpack(out), pull)
+
+    return transaction(run)
+
+
+def is_param(state: State) -> bool:
+    return isinstance(state, Param)
+
+
+def differentiable(
+    fun: Callable[..., Any], has_aux: bool, wrt: Any, args: tuple, kwargs: dict
+) -> tuple[Any, tuple, Callable[..., Any]]:
+    """A function as Equinox can differentiate it in its first argument.
+
+    **Returns:** what is differentiated: the first argument with its `Param`s opened, or
+    the States of `wrt`; the other arguments; and a function of these that returns its
+    result, and as auxiliary data the user's and what was written.
+    """
+    if wrt is None:
+        diff, states = open_states(args[0], is_param)
+        rest = args[1:]
+    else:
+        diff, states = open_states(only_states(wrt), lambda s: True)
+        rest = args
+
+    def inner(diff: Any, *rest: Any) -> Any:
+        closed, inside = close_states(diff, states)
+        head = (closed,) if wrt is None else ()
+        out, written = threaded(lambda: fun(*head, *rest, **kwargs), inside)
+        out, aux = out if has_aux else (out, None)
+        return out, (aux, written)
+
+    return diff, rest, inner
+
+
+class _Jacobian(Wrapper):
+    _fun: Callable
+    _has_aux: bool = eqx.field(static=True)
+    _wrt: Any
+    _transform: Callable = eqx.field(static=True)
+
+    @property
+    def __wrapped__(self) -> Callable:
+        return self._fun
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        if self._wrt is None and not args:
+            return self._transform(self._fun)(*args, **kwargs)
+        return transaction(lambda: self._run(args, kwargs))
+
+    def _run(self, args: tuple, kwargs: dict) -> Any:
+        diff, rest, inner = differentiable(
+            self._fun, self._has_aux, self._wrt, args, kwargs
+        )
+        jacobian, (aux, written) = self._transform(inner, has_aux=True)(diff, *rest)
+        written.hand_over()
+        jacobian = values_at(jacobian)
+        return (jacobian, unpack(aux)) if self._has_aux else jacobian
+
+
+def filter_jacfwd(
+    fun: Callable[..., Any], has_aux: bool = False, *, wrt: Any = None
+) -> Callable[..., Any]:
+    """As `equinox.filter_jacfwd`, for functions that read and write States.
+
+    **Arguments:**
+
+    - `fun`: the function. What it writes to States comes out as primal values.
+    - `has_aux`: whether `fun` returns a pair of result and auxiliary data.
+    - `wrt`: a State, or a tree of States: differentiates with respect to their values in
+        place of the first argument.
+
+    **Returns:** a function with the arguments of `fun` that returns the Jacobian, or
+    `(jacobian, aux)`: the structure of the result, with in each leaf the structure of
+    what is differentiated, and shapes `(*out.shape, *in.shape)`.
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp, statefun as sf
+
+        w = sf.Param(jnp.ones((2, 3)))
+        sf.filter_jacfwd(lambda x: w.value @ x, wrt=w)(jnp.ones(3)).shape  # (2, 2, 3)
+        ```
+    """
+    return _Jacobian(fun, has_aux, wrt, eqx.filter_jacfwd)
+
+
+def filter_jacrev(
+    fun: Callable[..., Any], has_aux: bool = False, *, wrt: Any = None
+) -> Callable[..., Any]:
+    """As `equinox.filter_jacrev`, for functions that read and write States.
+
+    Arguments, result and example as of [`statefun.filter_jacfwd`][]; evaluated in
+    reverse mode.
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp, statefun as sf
+
+        w = sf.Param(jnp.ones((2, 3)))
+        sf.filter_jacrev(lambda x: w.value @ x, wrt=w)(jnp.ones(3)).shape  # (2, 2, 3)
+        ```
+    """
+    return _Jacobian(fun, has_aux, wrt, eqx.filter_jacrev)
+
+
+def filter_hessian(
+    fun: Callable[..., Any], has_aux: bool = False, *, wrt: Any = None
+) -> Callable[..., Any]:
+    """As `equinox.filter_hessian`, for functions that read and write States.
+
+    **Arguments:** as of [`statefun.filter_jacfwd`][].
+
+    **Returns:** a function with the arguments of `fun` that returns the Hessian, or
+    `(hessian, aux)`.
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp, statefun as sf
+
+        w = sf.Param(jnp.ones(3))
+        sf.filter_hessian(lambda: (w.value**3).sum(), wrt=w)().shape  # (3, 3)
+        ```
+    """
+    return _Jacobian(fun, has_aux, wrt, eqx.filter_hessian)

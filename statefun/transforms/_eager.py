@@ -1,0 +1,34 @@
+"""Loops and branches outside of any transform: compiled once, like `jax.lax`'s own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+
+from .._call import Caller
+from .._compat import at_top_level
+from .._compiled import Options
+from .._frame import local, transaction
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def compiled_when_eager(twin: F) -> F:
+    """Makes a twin that traces its body fast where it is called again and again.
+
+    `jax.lax.scan` outside of `jax.jit` keeps what it has traced and compiled for a body.
+    So does this: the twin itself is run as a jitted function, with the bodies among its
+    static arguments. At most 128 traces are kept for each twin.
+    """
+    caller = Caller(twin, Options(name=twin.__name__))
+
+    @functools.wraps(twin)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if local.frame is None and at_top_level() and not jax.config.jax_disable_jit:
+            return caller.run(args, kwargs)
+        return transaction(lambda: twin(*args, **kwargs))
+
+    return call  # type: ignore[return-value]

@@ -1,0 +1,132 @@
+"""`filter_grad` and `filter_value_and_grad`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+
+from .._program import unpack
+from ._ad import differentiable
+from ._thread import Wrapper, transaction, values_at
+
+
+class _ValueAndGrad(Wrapper):
+    _fun: Callable
+    _has_aux: bool = eqx.field(static=True)
+    _wrt: Any
+    _gradkwargs: dict[str, Any] = eqx.field(static=True)
+
+    @property
+    def __wrapped__(self) -> Callable:
+        return self._fun
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        if self._wrt is None and not args:
+            # Equinox knows what to say about it.
+            return eqx.filter_value_and_grad(self._fun)(*args, **kwargs)
+        return transaction(lambda: self._run(args, kwargs))
+
+    def _run(self, args: tuple, kwargs: dict) -> Any:
+        diff, rest, inner = differentiable(
+            self._fun, self._has_aux, self._wrt, args, kwargs
+        )
+        transform = eqx.filter_value_and_grad(inner, has_aux=True, **self._gradkwargs)
+        (loss, (aux, written)), grad = transform(diff, *rest)
+        written.hand_over()
+        grad = values_at(grad)
+        return ((loss, unpack(aux)) if self._has_aux else loss), grad
+
+
+class _Grad(Wrapper):
+    _value_and_grad: _ValueAndGrad
+
+    @property
+    def __wrapped__(self) -> Callable:
+        return self._value_and_grad.__wrapped__
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        value, grad = self._value_and_grad(*args, **kwargs)
+        return (grad, value[1]) if self._value_and_grad._has_aux else grad
+
+
+def filter_value_and_grad(
+    fun: Callable | None = None,
+    *,
+    has_aux: bool = False,
+    wrt: Any = None,
+    **gradkwargs: Any,
+) -> Any:
+    """As `equinox.filter_value_and_grad`, for functions that read and write States.
+
+    Differentiated are the inexact arrays of the first argument and the values of the
+    `Param`s in it; or, with `wrt`, the values of the States given there. What the
+    function writes to States comes out as primal values: no gradient flows through it.
+
+    **Arguments:**
+
+    - `fun`: the function; returns a scalar, or with `has_aux` a pair of a scalar and
+        anything. May be left out, to use the rest as a decorator.
+    - `has_aux`: whether `fun` returns auxiliary data.
+    - `wrt`: a State, or any tree of States. Those that the function never reads have a
+        gradient of zeros.
+    - `gradkwargs`: passed on to `jax.value_and_grad`.
+
+    **Returns:** a function with the arguments of `fun` that returns `(value, grad)`, or
+    `((value, aux), grad)`. `grad` has the structure of what is differentiated, with the
+    gradient of its value in the place of each State and None for leaves that are no
+    inexact arrays. A State that occurs twice has one gradient, the sum, in both places.
+
+    **Raises:** `TypeError` as Equinox, if nothing is there to differentiate.
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp, statefun as sf
+
+        w = sf.Param(jnp.ones(3), name="w")
+
+        def loss(x, y):
+            return jnp.mean((w.value @ x - y) ** 2)
+
+        value, grad = sf.filter_value_and_grad(loss, wrt=w)(jnp.ones(3), 1.0)
+        w.value -= 0.1 * grad
+        ```
+    """
+    if fun is None:
+        return functools.partial(
+            filter_value_and_grad, has_aux=has_aux, wrt=wrt, **gradkwargs
+        )
+    eqx.filter_value_and_grad(fun, has_aux=has_aux, **gradkwargs)  # checks `gradkwargs`
+    return eqx.module_update_wrapper(_ValueAndGrad(fun, has_aux, wrt, gradkwargs))
+
+
+def filter_grad(
+    fun: Callable | None = None,
+    *,
+    has_aux: bool = False,
+    wrt: Any = None,
+    **gradkwargs: Any,
+) -> Any:
+    """As `equinox.filter_grad`, for functions that read and write States.
+
+    **Arguments:** as of [`statefun.filter_value_and_grad`][].
+
+    **Returns:** a function with the arguments of `fun` that returns `grad`, or
+    `(grad, aux)`.
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp, statefun as sf
+
+        w = sf.Param(jnp.ones(3))
+        sf.filter_grad(lambda x: jnp.sum(w.value**2 * x), wrt=w)(2.0)
+        ```
+    """
+    if fun is None:
+        return functools.partial(filter_grad, has_aux=has_aux, wrt=wrt, **gradkwargs)
+    inner = filter_value_and_grad(fun, has_aux=has_aux, wrt=wrt, **gradkwargs)
+    return eqx.module_update_wrapper(_Grad(inner))

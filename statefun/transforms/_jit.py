@@ -1,0 +1,253 @@
+"""`filter_jit`: compile a function that reads and writes States."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, overload
+
+from .._call import AheadOfTime
+from .._function import StatefulFunction
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Donate = Literal["all", "all-except-first", "warn", "warn-except-first", "none"]
+_DONATE = ("all", "all-except-first", "warn", "warn-except-first", "none")
+
+
+class Jitted(Generic[P, R]):
+    """What [`statefun.filter_jit`][] returns: call it like the function.
+
+    **Attributes:**
+
+    - `stateful_function`: the [`statefun.StatefulFunction`][] underneath, which says
+        what States a call reads and writes, and hands out the jaxpr.
+    - `__wrapped__`: the function.
+    """
+
+    stateful_function: StatefulFunction[P, R]
+
+    def __init__(self, stateful_function: StatefulFunction[P, R]):
+        self.stateful_function = stateful_function
+        self._caller = stateful_function._caller
+        self._run = self._caller.run
+        functools.update_wrapper(self, stateful_function.fun, updated=())
+
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._run(args, kwargs)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __repr__(self) -> str:
+        return f"filter_jit({self.stateful_function.name})"
+
+    def lower(self, /, *args: P.args, **kwargs: P.kwargs) -> Lowered:
+        """Traces and lowers the function for these arguments, without running it."""
+        return self.trace(*args, **kwargs).lower()
+
+    def trace(self, /, *args: P.args, **kwargs: P.kwargs) -> Traced:
+        """Traces the function for these arguments, without running it."""
+        return Traced(self, args, kwargs)
+
+    def eval_shape(self, /, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """The result, with a `jax.ShapeDtypeStruct` for every array. Runs nothing."""
+        return self.stateful_function.get_out_shapes(*args, **kwargs)[0]
+
+    def clear_cache(self) -> None:
+        """Forgets everything traced and compiled."""
+        self._caller.clear()
+
+
+class Traced:
+    """A function that was traced for certain arguments.
+
+    **Attributes:**
+
+    - `jaxpr`: the pure jaxpr, as `StatefulFunction.get_jaxpr` gives it.
+    """
+
+    def __init__(self, fn: Jitted, args: tuple, kwargs: dict):
+        self.jaxpr = fn.stateful_function.get_jaxpr(*args, **kwargs)
+        self._call = fn._caller.ahead_of_time(args, kwargs)
+
+    def lower(self) -> Lowered:
+        """Lowers the traced function to StableHLO."""
+        return Lowered(self._call, self._call.traced.lower())
+
+
+class Lowered:
+    """A function that was lowered for certain arguments: see `jax.stages.Lowered`."""
+
+    def __init__(self, call: AheadOfTime, lowered: Any):
+        self._call = call
+        self._lowered = lowered
+
+    def as_text(self, *args: Any, **kwargs: Any) -> str:
+        """The program as text, by default StableHLO."""
+        return self._lowered.as_text(*args, **kwargs)
+
+    def cost_analysis(self) -> Any:
+        """What XLA expects the program to cost, before it is compiled."""
+        return self._lowered.cost_analysis()
+
+    def compile(self, *args: Any, **kwargs: Any) -> Compiled:
+        """Compiles it."""
+        return Compiled(self._call, self._lowered.compile(*args, **kwargs))
+
+
+class Compiled:
+    """A function that was compiled for certain arguments: see `jax.stages.Compiled`.
+
+    Call it with arguments of the same structure, shapes and dtypes. It reads the States'
+    values when it is called, and writes them, as the function itself does.
+    """
+
+    def __init__(self, call: AheadOfTime, compiled: Any):
+        self._call = call
+        self._compiled = compiled
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        return self._call.run(self._compiled, args, kwargs)
+
+    def as_text(self) -> str:
+        """The compiled program as text."""
+        return self._compiled.as_text()
+
+    def cost_analysis(self) -> Any:
+        """What XLA expects the program to cost: flops, bytes read and written, …"""
+        return self._compiled.cost_analysis()
+
+    def memory_analysis(self) -> Any:
+        """The sizes, in bytes, of arguments, outputs and temporaries."""
+        return self._compiled.memory_analysis()
+
+
+@overload
+def filter_jit(
+    *,
+    donate: Donate = "none",
+    donate_states: bool = False,
+    static_argnums: int | Sequence[int] = (),
+    static_argnames: str | Iterable[str] = (),
+    ir_optimizations: str | Sequence[str] | None = None,
+    name: str | None = None,
+    in_shardings: Any = None,
+    out_shardings: Any = None,
+) -> Callable[[Callable[P, R]], Jitted[P, R]]: ...
+
+
+@overload
+def filter_jit(
+    fun: Callable[P, R],
+    *,
+    donate: Donate = "none",
+    donate_states: bool = False,
+    static_argnums: int | Sequence[int] = (),
+    static_argnames: str | Iterable[str] = (),
+    ir_optimizations: str | Sequence[str] | None = None,
+    name: str | None = None,
+    in_shardings: Any = None,
+    out_shardings: Any = None,
+) -> Jitted[P, R]: ...
+
+
+def filter_jit(
+    fun: Callable | None = None,
+    *,
+    donate: Donate = "none",
+    donate_states: bool = False,
+    static_argnums: int | Sequence[int] = (),
+    static_argnames: str | Iterable[str] = (),
+    ir_optimizations: str | Sequence[str] | None = None,
+    name: str | None = None,
+    in_shardings: Any = None,
+    out_shardings: Any = None,
+) -> Any:
+    """As `equinox.filter_jit`, for functions that read and write States.
+
+    Arrays among the arguments are traced, everything else is static, results may be
+    anything. States are found by tracing: each one that the function reads is an input
+    of the compiled program, each one that it writes an output, which is written back
+    when the call has succeeded. If it raises, no State has changed.
+
+    A State may be reached in any way: through a closure, as a global, as a leaf of a
+    module that is an argument or whose method is called. Two modules of the same
+    structure share one compiled program. A State may not be an argument or a result by
+    itself or in a plain tuple, list or dict.
+
+    The call returns when the work has been handed to the device. Only a function with a
+    callback that may fail (`eqx.error_if`) is waited for.
+
+    **Arguments:**
+
+    - `fun`: the function; may be left out, to use the rest as a decorator.
+    - `donate`: whether the arrays of the arguments may be overwritten: `"all"`,
+        `"all-except-first"` (the first argument is spared), `"warn"` and
+        `"warn-except-first"` (as these, with a warning if a buffer is of no use), or
+        `"none"`.
+    - `donate_states`: whether the buffers of the States that are written may be reused
+        in place, which saves their memory once. An array that somebody else still holds
+        (`old = state.value`) is copied first. Calls that share States then take turns.
+        A function with a callback that may fail keeps the old values.
+    - `static_argnums`, `static_argnames`: arguments that are static as a whole.
+    - `ir_optimizations`: see [`statefun.StatefulFunction`][].
+    - `name`: what the compiled program is called.
+    - `in_shardings`, `out_shardings`: as in `jax.jit`, for the positional arguments and
+        the result: a sharding, or a tree of them that stands above the arrays.
+
+    **Returns:** a [`statefun.Jitted`][] function.
+
+    **Raises:** `TypeError` if a State is passed or returned bare, or an argument that is
+    no array can't be hashed.
+
+    !!! example
+
+        ```python
+        import equinox as eqx, jax.numpy as jnp, statefun as sf
+
+        mean = sf.State(jnp.zeros(3), name="mean")
+
+        @sf.filter_jit
+        def center(x):
+            mean.value = 0.9 * mean.value + 0.1 * x
+            return x - mean.value
+
+        center(jnp.ones(3))
+        ```
+
+    !!! info
+
+        Another thread may write a State during a call that reads and writes it. The call
+        then runs again, on the new values, so both are counted. A function with side
+        effects (`jax.debug.print`, …) is not run twice: there, the last writer wins.
+    """
+    if donate not in _DONATE:
+        raise ValueError(f"`donate` is {donate!r}, but should be one of {_DONATE}.")
+    if fun is None:
+        return functools.partial(
+            filter_jit,
+            donate=donate,
+            donate_states=donate_states,
+            static_argnums=static_argnums,
+            static_argnames=static_argnames,
+            ir_optimizations=ir_optimizations,
+            name=name,
+            in_shardings=in_shardings,
+            out_shardings=out_shardings,
+        )
+    stateful = StatefulFunction(
+        fun,
+        static_argnums,
+        static_argnames,
+        name=name,
+        ir_optimizations=ir_optimizations,
+    )
+    stateful._compile_with(
+        donate=donate,
+        donate_states=donate_states,
+        in_shardings=in_shardings,
+        out_shardings=out_shardings,
+    )
+    return Jitted(stateful)

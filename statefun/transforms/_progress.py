@@ -1,0 +1,34 @@
+"""Progress bars for loops, by jax-tqdm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+
+def with_progress(
+    progress: bool | str, n: int, body: Callable[..., Any], x: Sequence[Any]
+) -> tuple[Callable[..., Any], Any]:
+    """A scan body, and what it is scanned over, with a bar that is drawn from the host.
+
+    **Arguments:**
+
+    - `progress`: False for none, True for a bar, or what is to be written before it.
+    - `n`: how many steps there are.
+
+    **Raises:** `ImportError` that names the extra to install.
+    """
+    if progress is False:
+        return body, x
+    try:
+        import jax_tqdm
+    except ImportError as error:
+        raise ImportError(
+            "`progress=` needs jax-tqdm: `pip install statefun[progress]`."
+        ) from error
+    title = {"desc": progress} if isinstance(progress, str) else {}
+    wrap = jax_tqdm.scan_tqdm(n, **title)
+    counted = jnp.arange(n), x
+    return wrap(lambda carry, step: body(carry, step[1])), counted

@@ -1,0 +1,164 @@
+"""`filter_eval_shape`, `filter_make_jaxpr` and `filter_closure_convert`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.extend.core as jec
+
+from .. import _frame
+from .._program import unpack
+from ._thread import (
+    Wrapper,
+    evaluate,
+    note_checks,
+    split_arrays,
+    threaded,
+    trace_body,
+    transaction,
+    values_of,
+)
+
+
+def filter_eval_shape(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """As `equinox.filter_eval_shape`, for functions that read and write States.
+
+    No State changes.
+
+    **Arguments:**
+
+    - `fun`: the function.
+    - `args`, `kwargs`: its arguments; a `jax.ShapeDtypeStruct` may stand for an array.
+
+    **Returns:** the result with a `jax.ShapeDtypeStruct` for every array. States that the
+    function makes hold such structs, too.
+
+    !!! example
+
+        ```python
+        import equinox as eqx, jax, statefun as sf
+
+        make = lambda key: {"net": sf.Param(eqx.nn.Linear(2, 3, key=key))}
+        sf.filter_eval_shape(lambda key: sf.freeze(make(key)), jax.random.key(0))
+        ```
+    """
+
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        return threaded(lambda: fun(*args, **kwargs), makes_jaxpr=True)[0]
+
+    return transaction(lambda: unpack(eqx.filter_eval_shape(inner, *args, **kwargs)))
+
+
+class _MakeJaxpr(Wrapper):
+    _fun: Callable
+
+    @property
+    def __wrapped__(self) -> Callable:
+        return self._fun
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            return threaded(lambda: self._fun(*args, **kwargs), makes_jaxpr=True)[0]
+
+        return transaction(lambda: eqx.filter_make_jaxpr(inner)(*args, **kwargs))
+
+
+def filter_make_jaxpr(
+    fun: Callable[..., Any],
+) -> Callable[..., tuple[jec.ClosedJaxpr, Any, Any]]:
+    """As `equinox.filter_make_jaxpr`, for functions that read and write States.
+
+    No State changes. The States' present values are closed-over constants of the jaxpr;
+    [`statefun.make_jaxpr`][] makes them inputs, and says which they are.
+
+    **Arguments:**
+
+    - `fun`: the function.
+
+    **Returns:** a function with the arguments of `fun` that returns the jaxpr, the
+    result's arrays as `jax.ShapeDtypeStruct`s, and what else there is in the result.
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp, statefun as sf
+
+        w = sf.State(jnp.ones(3))
+        jaxpr, shapes, static = sf.filter_make_jaxpr(lambda x: w.value * x)(jnp.ones(3))
+        ```
+    """
+    return eqx.module_update_wrapper(_MakeJaxpr(fun))
+
+
+class _Converted(eqx.Module):
+    """A function as a jaxpr, with what it closed over as leaves."""
+
+    program: Any = eqx.field(static=True)
+    consts: list[Any]
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        return transaction(lambda: self._run(args, kwargs))
+
+    def _run(self, args: tuple, kwargs: dict) -> Any:
+        arrays, _ = split_arrays((args, kwargs))
+        expected = [(a.shape, a.dtype) for a in self.program.in_avals]
+        if [(x.shape, x.dtype) for x in arrays] != expected:
+            raise ValueError(
+                "a closure-converted function has to be called with arguments of the "
+                "shapes and dtypes that it was converted for."
+            )
+        note_checks(self.program)
+        leaves, writes = evaluate(
+            self.program, arrays, values_of(self.program.reads), self.consts
+        )
+        _frame.write(writes)
+        return self.program.out.build(leaves)
+
+
+def filter_closure_convert(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """As `equinox.filter_closure_convert`, for functions that read and write States.
+
+    No State changes now. The converted function reads and writes States when it is
+    called, as `fn` does.
+
+    **Arguments:**
+
+    - `fn`: the function; arrays and tracers that it closes over become leaves of what is
+        returned.
+    - `args`, `kwargs`: arguments like those that it will be called with.
+
+    **Returns:** a callable module.
+
+    **Raises:** `ValueError` when it is called with arguments of other shapes or dtypes.
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp, statefun as sf
+
+        count = sf.State(jnp.array(0))
+        scale = jnp.array(3.0)
+
+        def f(x):
+            count.value += 1
+            return x * scale
+
+        g = sf.filter_closure_convert(f, jnp.array(1.0))
+        g(jnp.array(2.0))
+        ```
+    """
+
+    def run() -> _Converted:
+        arrays, build = split_arrays((args, kwargs))
+
+        def flat(*leaves: Any) -> Any:
+            args, kwargs = build(leaves)
+            return fn(*args, **kwargs)
+
+        program = trace_body(flat, arrays)
+        consts = list(program.consts)
+        return _Converted(program.without_consts(), consts)
+
+    return transaction(run)

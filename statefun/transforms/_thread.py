@@ -1,0 +1,260 @@
+"""How every twin threads States through a JAX transform.
+
+There are two ways, one for each kind of transform.
+
+*On values* (grad, vmap, jvp, vjp, shard_map): `Threaded` makes of the user's function one
+that runs under an overlay and returns the values of the States it has written beside its
+result. The transform treats them as any other output; what comes out is handed on.
+
+*By program* (scan, while_loop, cond, switch, checkpoint): `trace_body` traces the function
+to a `Program` first. Then it is known which States there are, and the transform gets the
+program's pure form; `values_of` supplies what States hold, `write` hands on the results.
+
+Both run in a `transaction`, so that a twin is all or nothing also where no other encloses
+it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+
+from .. import _frame, _program
+from .._errors import StateValueError, lesson
+from .._frame import Cell, Overlay, Value
+from .._frame import transaction as transaction
+from .._program import Program, pack, refuse_bare_state
+from .._state import State
+from .._structure import Structure, flatten, leaves_of
+
+# -- on values ----------------------------------------------------------------------
+
+
+class Written(eqx.Module):
+    """The values of the States that a function has written, on their way out."""
+
+    flats: list[Any]
+    cells: tuple[Cell, ...] = eqx.field(static=True)
+    structures: tuple[Structure, ...] = eqx.field(static=True)
+    created: frozenset[Cell] = eqx.field(static=True)
+    checks: bool = eqx.field(static=True)
+
+    def without(self, cells: Container[Cell]) -> Written:
+        """Less some States."""
+        kept = [i for i, cell in enumerate(self.cells) if cell not in cells]
+        return Written(
+            [self.flats[i] for i in kept],
+            tuple(self.cells[i] for i in kept),
+            tuple(self.structures[i] for i in kept),
+            frozenset(c for c in self.created if c not in cells),
+            self.checks,
+        )
+
+    def with_flats(self, flats: Sequence[Any]) -> Written:
+        """The same States with other values."""
+        return dataclasses.replace(self, flats=list(flats))
+
+    def hand_over(self) -> None:
+        """Passes the values to the frame around the transform."""
+        frame = _frame.local.frame
+        assert frame is not None, "a twin runs in a transaction"
+        frame.checks |= self.checks
+        values = zip(self.flats, self.structures, strict=True)
+        for cell, value in zip(self.cells, values, strict=True):
+            (frame.create if cell in self.created else frame.write)(cell, *value)
+
+
+def threaded(
+    run: Callable[[], Any],
+    inside: Mapping[Cell, Value] | None = None,
+    makes_jaxpr: bool = False,
+    view: Callable[[Cell, Value], Value] | None = None,
+) -> tuple[Any, Written]:
+    """Runs a function inside a JAX transform.
+
+    **Arguments:**
+
+    - `run`: the user's function with its arguments.
+    - `inside`: what States hold in there, where it differs from outside.
+    - `makes_jaxpr`, `view`: see `_frame.Overlay`.
+
+    **Returns:** the result, its new States packed, and what was written.
+    """
+    with Overlay(inside, makes_jaxpr, view) as frame:
+        out = run()
+        refuse_bare_state(out, "returned")
+        out = pack(out, frame.created)
+        cells = tuple(frame.writes)
+        values = [frame.writes[cell] for cell in cells]
+        written = Written(
+            [flat for flat, _ in values],
+            cells,
+            tuple(structure for _, structure in values),
+            frozenset(frame.created),
+            frame.checks,
+        )
+    return out, written
+
+
+class Opened(eqx.Module):
+    """A State in a tree, opened: its value stands there, for a transform to work on."""
+
+    value: Any
+    cell: Cell = eqx.field(static=True)
+
+
+def open_states(
+    tree: Any, which: Callable[[State], bool]
+) -> tuple[Any, dict[Cell, State]]:
+    """Replaces States of a tree by their values, each once.
+
+    **Returns:** the tree, and the States. A State that occurs twice is opened at its
+    first place; at the others an empty `Opened` stands for it.
+    """
+    states: dict[Cell, State] = {}
+
+    def replace(leaf: Any) -> Any:
+        if not isinstance(leaf, State) or not which(leaf):
+            return leaf
+        cell = leaf._cell
+        if cell in states:
+            return Opened(None, cell)
+        states[cell] = leaf
+        flat, structure = _frame.read(cell)
+        return Opened(structure.unflatten(flat), cell)
+
+    return jtu.tree_map(replace, tree), states
+
+
+def close_states(
+    tree: Any, states: Mapping[Cell, State]
+) -> tuple[Any, dict[Cell, Value]]:
+    """The inverse of `open_states`: the tree with its States, and what they now hold."""
+    inside: dict[Cell, Value] = {}
+
+    def replace(leaf: Any) -> Any:
+        if not isinstance(leaf, Opened):
+            return leaf
+        if leaf.value is not None and leaf.cell not in inside:
+            inside[leaf.cell] = flatten(leaf.value)
+        return states[leaf.cell]
+
+    return jtu.tree_map(replace, tree, is_leaf=is_opened), inside
+
+
+def is_opened(x: Any) -> bool:
+    return isinstance(x, Opened)
+
+
+def values_at(tree: Any) -> Any:
+    """The values themselves in place of the `Opened`, in every place of a State."""
+    by_cell: dict[Cell, Any] = {}
+
+    def replace(node: Any) -> Any:
+        if not is_opened(node):
+            return node
+        if node.value is not None:
+            by_cell[node.cell] = values_at(node.value)  # nested in a Hessian
+        return by_cell.get(node.cell)
+
+    return jtu.tree_map(replace, tree, is_leaf=is_opened)
+
+
+def only_states(tree: Any) -> Any:
+    """The tree with None in place of every leaf that is no State."""
+    return jtu.tree_map(lambda x: x if isinstance(x, State) else None, tree)
+
+
+# -- by program ---------------------------------------------------------------------
+
+
+def split_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The arrays of a tree, and how to put it together around others."""
+    leaves, treedef = jtu.tree_flatten(tree)
+    slots = [i for i, leaf in enumerate(leaves) if eqx.is_array(leaf)]
+
+    def build(arrays: Sequence[Any]) -> Any:
+        new = list(leaves)
+        for i, x in zip(slots, arrays, strict=True):
+            new[i] = x
+        return treedef.unflatten(new)
+
+    return [leaves[i] for i in slots], build
+
+
+def trace_body(run: Callable[..., Any], dynamic: Sequence[Any]) -> Program:
+    """Traces the body of a transform; `run` takes the arrays one by one."""
+    return _program.trace(run, dynamic)
+
+
+def values_of(cells: Iterable[Cell]) -> dict[Cell, Value]:
+    """What the States hold, as reads of the frame around the transform."""
+    return {cell: _frame.read(cell) for cell in cells}
+
+
+def evaluate(
+    program: Program,
+    dynamic: Sequence[Any],
+    values: Mapping[Cell, Value],
+    consts: Sequence[Any] | None = None,
+) -> tuple[list[Any], dict[Cell, Value]]:
+    """Runs a program: the arrays of the result, and the values of the written States."""
+    outputs = jax.core.eval_jaxpr(
+        program.jaxpr,
+        program.consts if consts is None else consts,
+        *dynamic,
+        *program.read_leaves(values.__getitem__),
+    )
+    return program.split(outputs)
+
+
+def note_checks(*programs: Program) -> None:
+    """Tells the frame around the transform of callbacks that may fail."""
+    frame = _frame.local.frame
+    assert frame is not None, "a twin runs in a transaction"
+    frame.checks |= any(p.may_fail for p in programs)
+
+
+def unchanged_types(name: str, program: Program, values: Mapping[Cell, Value]) -> None:
+    """Refuses a State that a loop body writes with another structure, shape or dtype."""
+    for cell, structure in program.writes.items():
+        flat, present = values[cell]
+        old = [jax.typeof(x) for x in leaves_of(flat, present)]
+        new = program.written_avals(cell)
+        if structure is not present:
+            what = f"a value of structure {structure}, in place of {present}"
+        elif [(a.shape, a.dtype) for a in old] != [(a.shape, a.dtype) for a in new]:
+            pairs = zip(old, new, strict=True)
+            a, b = next(
+                p for p in pairs if (p[0].shape, p[0].dtype) != (p[1].shape, p[1].dtype)
+            )
+            what = f"{b.str_short()} in place of {a.str_short()}"
+        else:
+            continue
+        raise StateValueError(
+            lesson(
+                f"the body of `{name}` wrote {what} to {cell.describe()}.",
+                "every iteration runs the same compiled code, so what a State holds must "
+                "keep its structure, shapes and dtypes.",
+                "write a value like the one that is there (`x.astype(…)`), or give the "
+                "State such a value before the loop.",
+            )
+        )
+
+
+# -- wrappers -----------------------------------------------------------------------
+
+
+class Wrapper(eqx.Module):
+    """A callable made of a function, that binds as a method: base class of twins.
+
+    A module, so that arrays and States in the function are seen by what it is passed to.
+    """
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else eqx.Partial(self, instance)  # type: ignore[call-arg]

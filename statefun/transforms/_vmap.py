@@ -1,0 +1,225 @@
+"""`filter_vmap`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import equinox as eqx
+from jax import lax
+
+from .. import _compat, _frame
+from .._errors import StateTraceError, lesson
+from .._frame import Cell, Value
+from .._program import unpack
+from .._structure import flat_of, leaves_of
+from ._state_axes import reachable, rule
+from ._thread import Wrapper, Written, threaded, transaction
+
+
+class _Axis:
+    """The name of an axis that was given none."""
+
+
+class _Vmap(Wrapper):
+    _fun: Callable
+    _in_axes: Any
+    _out_axes: Any
+    _axis_name: Hashable = eqx.field(static=True)
+    _axis_size: int | None = eqx.field(static=True)
+    _state_axes: Any
+    _vmapkwargs: dict[str, Any] = eqx.field(static=True)
+
+    @property
+    def __wrapped__(self) -> Callable:
+        return self._fun
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        return transaction(lambda: self._run(args, kwargs))
+
+    def _run(self, args: tuple, kwargs: dict) -> Any:
+        axis_of = rule(self._state_axes, lambda axis: isinstance(axis, int))
+        name = self._axis_name
+        if name is None and self._state_axes is not None:
+            name = _Axis()
+        mapped: dict[Cell, int] = {}
+        if self._state_axes is not None:
+            for cell, state in reachable(
+                self._fun, args, kwargs, self._state_axes
+            ).items():
+                axis = axis_of(state)
+                if axis is not None:
+                    mapped[cell] = axis
+        values = {cell: _frame.read(cell) for cell in mapped}
+
+        def lane(cell: Cell, value: Value) -> Value:
+            """The piece of a State that was not known to be touched."""
+            state = None if cell.handle is None else cell.handle()
+            axis = None if state is None else axis_of(state)
+            if axis is None:
+                return value
+            mapped[cell] = axis
+            here = lax.axis_index(name)
+            flat, structure = value
+            pieces = [
+                lax.dynamic_index_in_dim(x, here, axis, keepdims=False)
+                for x in leaves_of(flat, structure)
+            ]
+            return flat_of(pieces, structure), structure
+
+        def axis_for(cell: Cell) -> int | None:
+            if cell in mapped:
+                return mapped[cell]
+            state = None if cell.handle is None else cell.handle()
+            return None if state is None else axis_of(state)
+
+        outside = _compat.trace_state()
+        seen: dict[str, Written] = {}
+        axes: list[int | None] = []
+
+        def inner(pieces: list, args: tuple, kwargs: dict) -> Any:
+            inside = {
+                cell: (flat, structure)
+                for (cell, (_, structure)), flat in zip(
+                    values.items(), pieces, strict=True
+                )
+            }
+            out, written = threaded(
+                lambda: self._fun(*args, **kwargs), inside, view=lane
+            )
+            written = written.without(written.created)
+            seen["written"] = written
+            axes.extend(axis_for(cell) for cell in written.cells)
+            _check_shared(written, axes, outside)
+            return out, written.flats
+
+        in_axes, kw_axes = self._axes(args, kwargs)
+        vmapped = eqx.filter_vmap(
+            inner,
+            in_axes=(list(mapped.values()), in_axes, kw_axes),
+            # Which States are written is known when `inner` has run, and this is asked
+            # after that, for one array after the other.
+            out_axes=(self._out_axes, _InTurn(seen, axes)),
+            axis_name=name,
+            axis_size=self._axis_size,
+            **self._vmapkwargs,
+        )
+        out, flats = vmapped([flat for flat, _ in values.values()], args, kwargs)
+        seen["written"].with_flats(flats).hand_over()
+        return unpack(out)
+
+    def _axes(self, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+        """`in_axes` for the positional and for the keyword arguments."""
+        default = eqx.if_array(0)
+        if not isinstance(self._in_axes, dict):
+            return self._in_axes, {name: default for name in kwargs}
+        rest = dict(self._in_axes)
+        names = list(inspect.signature(self._fun).parameters)
+        positional = tuple(rest.pop(n, default) for n in names[: len(args)])
+        keyword = {name: rest.pop(name, default) for name in kwargs}
+        if rest:
+            raise ValueError(
+                "The following `in_axes` did not correspond to any argument: "
+                f"{tuple(rest)}"
+            )
+        return positional, keyword
+
+
+class _InTurn:
+    """An `out_axes` that gives each array of the written States the State's axis."""
+
+    def __init__(self, seen: dict[str, Written], axes: list[int | None]):
+        self._seen = seen
+        self._axes = axes
+        self._turns: Any = None
+
+    def __call__(self, _: Any) -> int | None:
+        if self._turns is None:
+            structures = self._seen["written"].structures
+            pairs = zip(structures, self._axes, strict=True)
+            self._turns = iter([axis for s, axis in pairs for _ in s.slots])
+        return next(self._turns)
+
+
+def _check_shared(written: Written, axes: list[int | None], outside: Any) -> None:
+    """Refuses a value that differs along the axis, for a State that is shared."""
+    rows = zip(written.cells, written.flats, written.structures, axes, strict=True)
+    arrays = [
+        (c, x) for c, flat, s, axis in rows if axis is None for x in leaves_of(flat, s)
+    ]
+    differing = _compat.batched([x for _, x in arrays], outside)
+    if differing:
+        cell = arrays[min(differing)][0]
+        raise StateTraceError(
+            lesson(
+                f"inside `filter_vmap` a value that differs along the mapped axis was "
+                f"written to {cell.describe()}.",
+                "the State is shared by all lanes, and can hold one value.",
+                "write something that is equal in all lanes (`jax.lax.pmean(x, axis_name)` "
+                "with `axis_name=…`), or let the State hold a batch: "
+                "`filter_vmap(f, state_axes=[(state, 0)])`.",
+            )
+        )
+
+
+def filter_vmap(
+    fun: Callable | None = None,
+    *,
+    in_axes: Any = eqx.if_array(0),
+    out_axes: Any = eqx.if_array(0),
+    axis_name: Hashable = None,
+    axis_size: int | None = None,
+    state_axes: Any = None,
+    **vmapkwargs: Any,
+) -> Any:
+    """As `equinox.filter_vmap`, for functions that read and write States.
+
+    A State that the function makes and returns in a module comes out with a batch of
+    values, stacked along `out_axes`: `filter_vmap(Net)(keys)` makes an ensemble.
+
+    **Arguments:**
+
+    - `fun`: the function; may be left out, to use the rest as a decorator.
+    - `in_axes`, `out_axes`, `axis_name`, `axis_size`: as in Equinox. Keyword arguments
+        may be passed, too; their arrays are mapped along axis 0, or as `in_axes`, a dict
+        of names, says.
+    - `state_axes`: which States hold a batch, and along which axis. None: no State does;
+        all lanes share them. An integer: all do. A list of pairs of a State, a kind of
+        State or a predicate, and an axis: the first that matches decides.
+    - `vmapkwargs`: passed on to `jax.vmap`.
+
+    **Returns:** the vectorised function.
+
+    **Raises:** `statefun.StateTraceError` if a value that differs along the axis is
+    written to a State that is shared.
+
+    !!! example
+
+        ```python
+        import jax, jax.numpy as jnp, statefun as sf
+
+        total = sf.State(jnp.array(0.0))
+        last = sf.State(jnp.zeros(3))
+
+        def f(x):
+            total.value += jax.lax.psum(x, "batch")
+            last.value = x
+
+        sf.filter_vmap(f, axis_name="batch", state_axes=[(last, 0)])(jnp.arange(3.0))
+        ```
+    """
+    if fun is None:
+        return functools.partial(
+            filter_vmap,
+            in_axes=in_axes,
+            out_axes=out_axes,
+            axis_name=axis_name,
+            axis_size=axis_size,
+            state_axes=state_axes,
+            **vmapkwargs,
+        )
+    return eqx.module_update_wrapper(
+        _Vmap(fun, in_axes, out_axes, axis_name, axis_size, state_axes, vmapkwargs)
+    )

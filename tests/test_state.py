@@ -1,0 +1,1111 @@
+"""One State: writing, reading, copying, and what it says when that can't be right."""
+
+import collections
+import copy
+import dataclasses
+import functools
+import inspect
+import json
+import pathlib
+import pickle
+import re
+import subprocess
+import sys
+import threading
+from typing import Any, TypeVar
+
+import beartype
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jaxtyping import Array, Float, jaxtyped
+
+import statefun as sf
+
+T = TypeVar("T")
+
+
+def here() -> str:
+    """`file:line` of the line that calls this."""
+    frame = inspect.currentframe()
+    assert frame is not None and frame.f_back is not None
+    return f"{__file__}:{frame.f_back.f_lineno}"
+
+
+def first_line(error: pytest.ExceptionInfo) -> str:
+    return str(error.value).splitlines()[0]
+
+
+class Holder(eqx.Module):
+    content: Any
+
+
+class Counter(eqx.Module):
+    count: sf.State
+    weight: jax.Array
+
+    def __init__(self):
+        self.count = sf.State(0, name="count")
+        self.weight = jnp.ones(2)
+
+
+class Normed(eqx.Module):
+    """Its `__init__` is the one that `dataclasses` generates."""
+
+    mean: sf.State = eqx.field(default_factory=lambda: sf.State(jnp.zeros(2)))
+
+
+class Cache(sf.State[T]):
+    """A kind of a user's own, with attributes."""
+
+    def __init__(self, value: T, size: int, *, name: str | None = None):
+        super().__init__(value, name=name)
+        self.size = size
+        self.log: list = []
+
+
+class Slotted(sf.Param[T]):
+    __slots__ = ("rate",)
+
+
+# -- what a State is ----------------------------------------------------------------
+
+
+def test_a_state_holds_any_pytree():
+    tree = {"a": (jnp.ones(2), None), "b": [Holder("relu"), jnp.tanh]}
+    read = sf.State(tree).value
+    assert jtu.tree_structure(read) == jtu.tree_structure(tree)
+    assert read["a"][0] is tree["a"][0]
+    assert read["b"][0].content == "relu" and read["b"][1] is jnp.tanh
+
+
+def test_a_state_is_a_leaf_of_pytrees():
+    state = sf.State({"a": jnp.ones(2)})
+    assert jtu.tree_leaves((state, [state])) == [state, state]
+    dynamic, static = eqx.partition(Holder(state), eqx.is_array)
+    assert dynamic.content is None and static.content is state
+
+
+def test_is_state_tells_states_of_all_kinds_from_all_else():
+    assert all(map(sf.is_state, (sf.State(0), sf.Param(0), Cache(0, 1))))
+    assert not any(map(sf.is_state, (0, None, jnp.ones(2), Counter(), sf.State)))
+
+
+def test_equality_is_identity():
+    x = jnp.ones(2)
+    a, b = sf.State(x), sf.State(x)
+    assert a == a and a != b
+    assert a in [a] and a not in [b]
+    assert [b, a].index(a) == 1
+
+
+def test_the_name_is_kept_and_can_not_be_changed():
+    state = sf.State(0, name="count")
+    assert state.name == "count" and sf.State(0).name is None
+    with pytest.raises(AttributeError):
+        state.name = "other"  # type: ignore[misc]
+
+
+def test_a_misspelt_attribute_is_an_error():
+    # `state.val = 3` would otherwise be kept beside the value, and change nothing.
+    for state in (sf.State(0), sf.Param(0)):
+        with pytest.raises(AttributeError):
+            state.val = 3  # type: ignore[attr-defined]
+
+
+def test_a_state_in_a_state_is_tracked_by_itself():
+    mean = sf.State(jnp.zeros(2), name="mean")
+    net = sf.Param(Holder(mean))
+    held = net._cell.flat
+    mean.value = jnp.ones(2)
+    assert net.value.content is mean
+    assert net._cell.flat is held and len(held) == 0
+    # Both are written inside one compiled call, each for itself.
+
+    @sf.filter_jit
+    def step():
+        net.value.content.value += 1
+        return net.value.content.value
+
+    assert step().tolist() == mean.value.tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("kind", [sf.State, sf.Param])
+def test_a_state_is_not_the_whole_value_of_another(kind):
+    inner = sf.State(0, name="inner")
+    message = r"^State 'inner' \(created at .*\) was given to \w+ as its value\."
+    with pytest.raises(sf.StateTypeError, match=message):
+        kind(inner)
+    outer = kind(jnp.ones(2))
+    with pytest.raises(sf.StateTypeError, match="State 'inner'"):
+        outer.value = inner
+    assert outer.value.tolist() == [1.0, 1.0]
+
+
+# -- what is written ----------------------------------------------------------------
+
+
+def test_numbers_and_numpy_arrays_become_jax_arrays():
+    value = {"a": 1, "b": (2.0, [True, np.ones(2, np.float32)]), "c": np.int8(3)}
+    read = sf.State(value).value
+    leaves = jtu.tree_leaves(read)
+    assert all(isinstance(x, jax.Array) for x in leaves)
+    assert [x.dtype.name for x in leaves] == [
+        *("int32", "float32", "bool", "float32", "int8")
+    ]
+
+
+def test_what_is_no_number_and_no_array_stays_as_it_is():
+    assert sf.State("relu").value == "relu"
+    assert sf.State(None).value is None
+    assert sf.State(("relu", 1)).value[0] == "relu"
+    assert sf.State(range(3)).value == range(3)
+
+
+def test_numbers_inside_a_module_stay_static():
+    module = Holder((1, 2.0, [True, {"a": 3}], np.ones(2, np.float32)))
+    read = sf.State({"module": module}).value["module"].content
+    assert read[:3] == (1, 2.0, [True, {"a": 3}])
+    assert [type(x) for x in jtu.tree_leaves(read[:3])] == [int, float, bool, int]
+    assert isinstance(read[3], jax.Array)  # an array for Equinox
+
+
+def test_a_number_in_a_subclass_of_a_tuple_or_dict_stays_static():
+    # Such a class says what it wants of its fields: only plain containers are plain.
+    Point = collections.namedtuple("Point", "x y")
+    read = sf.State([Point(1, jnp.ones(2)), collections.OrderedDict(a=1)]).value
+    assert type(read[0]) is Point and type(read[0].x) is int
+    assert type(read[1]["a"]) is int
+
+
+OLD = {
+    "an array": 0.0,
+    "nothing": None,
+    "a static value": "relu",
+    "a tuple": (1.0,),
+    "a dict": {"b": jnp.ones(2)},
+    "a module": Holder(jnp.ones(2)),
+}
+
+
+@pytest.mark.parametrize("old", OLD.values(), ids=OLD)
+def test_numbers_become_jax_arrays_whatever_they_replace(old):
+    state = sf.State(old)
+    state.value = {"a": 1, "c": [2.5]}
+    leaves = jtu.tree_leaves(state.value)
+    assert all(isinstance(x, jax.Array) for x in leaves)
+    assert [x.dtype.name for x in leaves] == ["int32", "float32"]
+    state.value = 3
+    assert isinstance(state.value, jax.Array) and state.value.dtype == jnp.int32
+
+
+FITS = [
+    ("float16", 1, 1.0),
+    ("float16", 0.1, 0.0999755859375),  # rounding is what a float is for
+    ("float32", True, 1.0),
+    ("float32", float("inf"), float("inf")),
+    ("bfloat16", 2.0, 2.0),
+    ("int8", -128, -128),
+    ("int8", 127.0, 127),
+    ("int32", True, 1),
+    ("uint8", 255, 255),
+    ("bool", 1, True),
+    ("bool", 0.0, False),
+    ("bool", True, True),
+    ("complex64", 2, 2 + 0j),
+    ("complex64", 1.5, 1.5 + 0j),
+    ("complex64", 1 - 2j, 1 - 2j),
+]
+
+
+@pytest.mark.parametrize(("dtype", "number", "kept"), FITS)
+def test_a_number_takes_the_dtype_of_what_it_replaces(dtype, number, kept):
+    single = sf.State(jnp.zeros((), dtype))
+    nested = sf.State({"a": (jnp.zeros(3, dtype), "relu")})
+    single.value = number
+    nested.value = {"a": (number, "relu")}
+    for read in (single.value, nested.value["a"][0]):
+        assert read.dtype == dtype and read.shape == () and not read.weak_type
+        assert read.item() == kept
+
+
+DOES_NOT_FIT = [
+    ("int8", 128),
+    ("int8", -129),
+    ("int32", 0.5),
+    ("int32", 2**31),
+    ("int32", 10**400),
+    ("int32", float("inf")),
+    ("int32", float("nan")),
+    ("int32", 1j),
+    ("uint8", -1),
+    ("bool", 2),
+    ("bool", 0.5),
+    ("float32", 1j),
+    # A finite number must not become infinite.
+    ("float16", 70000.0),
+    ("float32", 1e300),
+    ("float32", 10**400),
+]
+
+
+@pytest.mark.parametrize(("dtype", "number"), DOES_NOT_FIT)
+def test_a_number_that_would_lose_its_value_is_refused(dtype, number):
+    single, where = sf.Param(jnp.zeros((), dtype), name="w"), here()
+    nested = sf.Param({"a": jnp.zeros((), dtype)}, name="w")
+    with pytest.raises(sf.StateTypeError) as error:
+        single.value = number
+    assert first_line(error).startswith(
+        f"a value of the wrong type was written to Param 'w' (created at {where}): "
+    )
+    assert dtype in first_line(error)
+    assert "Instead: " in str(error.value)
+    with pytest.raises(TypeError, match=r"^a value of the wrong type was written to"):
+        nested.value = {"a": number}
+    assert single.value == jnp.zeros((), dtype)
+    assert nested.value["a"] == jnp.zeros((), dtype)
+
+
+def test_a_number_does_not_fit_a_random_key():
+    state = sf.State(jax.random.key(0), name="key")
+    with pytest.raises(sf.StateTypeError, match=r"written to State 'key'.*key<fry>"):
+        state.value = 0
+    assert state.value == jax.random.key(0)
+
+
+@given(st.integers(-(2**40), 2**40), st.sampled_from(["int8", "uint16", "int32"]))
+def test_an_integer_is_kept_exactly_or_refused(number, dtype):
+    state = sf.State(jnp.zeros((), dtype))
+    info = jnp.iinfo(dtype)
+    if info.min <= number <= info.max:
+        state.value = number
+        assert state.value.item() == number
+    else:
+        with pytest.raises(sf.StateTypeError, match="does not fit the dtype"):
+            state.value = number
+        assert state.value.item() == 0
+    assert state.value.dtype == dtype
+
+
+def test_an_array_brings_its_own_dtype_shape_and_structure():
+    state = sf.State(jnp.zeros(3))
+    for new in (jnp.ones(2, jnp.int32), np.ones((1, 2), np.int8)):
+        state.value = new
+        assert state.value.dtype == new.dtype and state.value.shape == new.shape
+    state.value = (jnp.ones(2), "relu")
+    assert state.value[1] == "relu"
+
+
+def test_a_number_with_no_array_at_its_place_takes_the_default_dtype():
+    state = sf.State((jnp.zeros((), jnp.int8), "relu"))
+    state.value = (1, 2, 3)
+    assert [x.dtype.name for x in state.value[1:]] == ["int32", "int32"]
+    state = sf.State({"a": jnp.zeros((), jnp.int8)})
+    state.value = {"a": 1, "b": 1}
+    assert [x.dtype.name for x in state.value.values()] == ["int8", "int32"]
+
+
+@pytest.mark.parametrize(
+    "value", [0.0, (0.0, [1]), {"a": 1.0}, Holder(jnp.asarray(1.0))], ids=repr
+)
+def test_weak_types_are_dropped(value):
+    state = sf.State(value)
+    assert not any(x.weak_type for x in jtu.tree_leaves(state.value))
+    state.value = value
+    assert not any(x.weak_type for x in jtu.tree_leaves(state.value))
+
+
+def test_the_second_step_is_not_traced_again():
+    traced = []
+    state = sf.State({"n": 0, "mean": 0.0, "module": Holder(jnp.asarray(0.0))})
+
+    @sf.filter_jit
+    def step(x):
+        traced.append(None)
+        old = state.value
+        state.value = {
+            "n": old["n"] + 1,
+            "mean": 0.9 * old["mean"] + x,
+            "module": Holder(old["module"].content + x),
+        }
+
+    for _ in range(3):
+        step(jnp.ones(()))
+    assert len(traced) == 1
+    state.value = {"n": 0, "mean": 0, "module": Holder(jnp.asarray(2.0))}
+    step(jnp.ones(()))  # nor after numbers have been written on the host
+    assert len(traced) == 1
+
+
+def test_in_place_operators_keep_the_dtype():
+    state = sf.State(jnp.ones(2, jnp.float16))
+    state.value += 1
+    state.value *= 0.5
+    assert state.value.dtype == jnp.float16 and state.value.tolist() == [1.0, 1.0]
+
+
+def test_typed_keys_can_be_held_and_split():
+    state = sf.State(jax.random.key(0), name="key")
+
+    @sf.filter_jit
+    def draw():
+        state.value, key = jax.random.split(state.value)
+        return jax.random.normal(key)
+
+    expected, key = jax.random.split(jax.random.key(0))
+    assert draw() == jax.random.normal(key)
+    assert state.value == expected
+
+
+# -- flat storage -------------------------------------------------------------------
+
+
+def test_reading_puts_the_value_together_and_does_not_copy_arrays():
+    x, module = jnp.ones(2), Holder([jnp.zeros(3)])
+    state = sf.State({"x": x, "module": module})
+    assert state.value["x"] is x
+    assert state.value["module"].content[0] is module.content[0]
+
+
+def test_what_is_read_outside_of_a_trace_is_a_value_of_its_own():
+    given_list = [jnp.ones(2)]
+    state = sf.State(given_list)
+    given_list.append(jnp.ones(3))
+    state.value.append(jnp.ones(4))
+    assert len(state.value) == 1
+
+
+def test_states_of_one_structure_share_it():
+    make = lambda: sf.Param(eqx.nn.Linear(2, 3, key=jax.random.key(0)))  # noqa: E731
+    a, b = make(), make()
+    assert a._cell.structure is b._cell.structure
+    a.value = jtu.tree_map(lambda x: 2 * x if eqx.is_array(x) else x, a.value)
+    assert a._cell.structure is b._cell.structure
+
+
+# -- not hashable -------------------------------------------------------------------
+
+
+HASHED = r"State 'count' \(created at .*test_state\.py:\d+\) was hashed\."
+
+
+@pytest.mark.parametrize(
+    "use", [hash, lambda s: {s: 1}, lambda s: {s}, lambda s: hash((1, s))]
+)
+def test_hashing_raises_the_lesson(use):
+    with pytest.raises(sf.StateTypeError, match="^" + HASHED) as error:
+        use(sf.State(0, name="count"))
+    assert "`sf.filter_jit` in place of `eqx.filter_jit`" in str(error.value)
+    assert isinstance(error.value, TypeError)
+
+
+def test_equinox_jit_does_not_freeze_a_state_in_a_module():
+    # Whole and loud: JAX hashes static values, and shows the lesson in its own error.
+    module = Counter()
+    jitted = eqx.filter_jit(lambda module: module.weight + module.count.value)
+    for _ in range(2):
+        with pytest.raises(Exception, match=HASHED) as error:
+            jitted(module)
+        assert "`sf.filter_jit` in place of `eqx.filter_jit`" in str(error.value)
+
+
+def test_jax_jit_does_not_take_a_state_as_a_static_argument():
+    state = sf.State(0, name="count")
+    with pytest.raises(Exception, match=HASHED):
+        jax.jit(lambda s: s.value, static_argnums=0)(state)
+    with pytest.raises(TypeError, match=r"State\(name='count', int32\[\]\)|State'>"):
+        jax.jit(lambda s: s.value)(state)
+
+
+# -- copies -------------------------------------------------------------------------
+
+
+def by_pickle(tree: Any) -> Any:
+    return pickle.loads(pickle.dumps(tree))
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": by_pickle, "clone": sf.clone}
+copies = pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+
+
+@copies
+def test_a_copy_is_a_new_state_with_the_same_value(copied):
+    state = sf.Param({"w": jnp.ones(2), "act": "relu"}, name="w")
+    new = copied(state)
+    assert type(new) is sf.Param and new is not state and new.name == "w"
+    assert new.value["act"] == "relu" and new.value["w"].tolist() == [1.0, 1.0]
+    new.value = {"w": jnp.zeros(2), "act": "relu"}
+    assert state.value["w"].tolist() == [1.0, 1.0]
+
+
+def test_a_shallow_copy_shares_the_states_inside():
+    inner = sf.State(0)
+    new = copy.copy(sf.State((inner, jnp.ones(2))))
+    assert new.value[0] is inner
+
+
+@copies
+def test_copies_keep_aliasing(copied):
+    tied = sf.State(jnp.ones(2), name="tied")
+    tree = {"a": tied, "b": [Holder(tied)], "c": sf.State((tied, sf.State(0)))}
+    new = copied(tree)
+    assert new["a"] is not tied
+    assert new["a"] is new["b"][0].content is new["c"].value[0]
+    assert new["c"].value[1] is not tree["c"].value[1]
+    new["a"].value = jnp.zeros(2)
+    assert new["c"].value[0].value.tolist() == [0.0, 0.0]
+    assert tied.value.tolist() == [1.0, 1.0]
+
+
+@copies
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+def test_random_keys_can_be_copied(copied, make):
+    new = copied(sf.State({"key": make(3)}))
+    assert jax.random.normal(new.value["key"]) == jax.random.normal(make(3))
+
+
+@copies
+def test_copies_keep_the_attributes_of_a_subclass(copied):
+    cache = Cache(jnp.ones(2), 5, name="cache")
+    cache.log.append("entry")
+    new = copied(cache)
+    assert type(new) is Cache and new.size == 5 and new.log == ["entry"]
+    new.size = 6
+    assert cache.size == 5
+
+
+@pytest.mark.parametrize("copied", [copy.copy, *COPIES.values()])
+def test_copies_keep_attributes_in_slots(copied):
+    state = Slotted(jnp.ones(2))
+    state.rate = 0.1
+    assert copied(state).rate == 0.1
+    assert not hasattr(copied(Slotted(jnp.ones(2))), "rate")
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle])
+def test_deep_copies_share_no_attribute(copied):
+    cache, inner = Cache(jnp.ones(2), 5), sf.State(0)
+    cache.log.append(inner)
+    new, other = copied((cache, inner))
+    assert new.log is not cache.log
+    assert new.log[0] is other  # attributes take part in the aliasing
+    new.log.append(1)
+    assert cache.log == [inner]
+
+
+def test_a_module_with_states_is_deep_copied_whole():
+    module = Counter()
+    new = copy.deepcopy(module)
+    new.count.value += 1
+    assert (module.count.value.item(), new.count.value.item()) == (0, 1)
+
+
+def test_a_copy_inside_a_trace_takes_the_value_as_it_stands_there():
+    state = sf.State(jnp.ones(2))
+
+    @sf.filter_jit
+    def step():
+        state.value += 1
+        copies = [copy.copy(state), copy.deepcopy(state), sf.clone(state)]
+        state.value += 1
+        return [new.value for new in copies]
+
+    assert [x.tolist() for x in step()] == [[2.0, 2.0]] * 3
+    assert state.value.tolist() == [3.0, 3.0]
+
+
+# -- annotations --------------------------------------------------------------------
+
+
+def test_a_state_can_be_annotated_with_the_type_of_its_value():
+    assert sf.State[Float[Array, "n"]].__origin__ is sf.State
+    state = sf.Param[Float[Array, "n"]](jnp.ones(2))
+    assert type(state) is sf.Param
+
+
+def test_an_annotated_field_is_checked_at_run_time():
+    @jaxtyped(typechecker=beartype.beartype)
+    class Norm(eqx.Module):
+        mean: sf.State[Float[Array, "n"]]
+
+    state = sf.Param(jnp.ones(2))
+    assert Norm(state).mean is state
+    with pytest.raises(Exception, match="mean"):
+        Norm(jnp.ones(2))
+
+
+TYPED = """
+import equinox as eqx, jax.numpy as jnp, statefun as sf
+from jaxtyping import Array, Float
+
+class Norm(eqx.Module):
+    mean: sf.State[Float[Array, "n"]]
+    net: sf.Param[eqx.nn.Linear]
+
+def net_of(size: int) -> eqx.nn.MLP:
+    raise NotImplementedError
+
+def f(norm: Norm) -> None:
+    reveal_type(norm.mean.value)
+    reveal_type(norm.net.value)
+    reveal_type(sf.Param(net_of(1)).value)
+    norm.mean.value = jnp.ones(2)
+    norm.net.value = "no network"
+"""
+
+
+def test_pyright_sees_the_type_of_the_value(tmp_path):
+    pytest.importorskip("pyright")  # of the dev extra
+    script = tmp_path / "typed.py"
+    script.write_text(TYPED)
+    root = pathlib.Path(sf.__file__).parent.parent
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pyright", "--outputjson"),
+            *("--pythonpath", sys.executable, str(script)),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=root,
+    )
+    found = json.loads(done.stdout)["generalDiagnostics"]
+    said = [(d["severity"], d["message"]) for d in found]
+    revealed = [re.findall('is "(.*)"$', m)[0] for kind, m in said if kind != "error"]
+    assert revealed == ["Array", "Linear", "MLP"]
+    errors = [d for d in found if d["severity"] == "error"]
+    assert len(errors) == 1 and '"value"' in errors[0]["message"]
+    assert errors[0]["range"]["start"]["line"] == TYPED.splitlines().index(
+        '    norm.net.value = "no network"'
+    )
+
+
+# -- repr ---------------------------------------------------------------------------
+
+
+REPRS = {
+    "Param(name='w', float32[3,4])": lambda: sf.Param(jnp.ones((3, 4)), name="w"),
+    "State(int32[])": lambda: sf.State(0),
+    "Cache(bool[2])": lambda: Cache(jnp.ones(2, bool), 1),
+    "State(name='key', key<fry>[2])": lambda: sf.State(
+        jax.random.split(jax.random.key(0)), name="key"
+    ),
+    "State((i32[], f32[2], 'relu'))": lambda: sf.State((0, jnp.ones(2), "relu")),
+    "State({'a': i32[], 'b': [None]})": lambda: sf.State({"a": 0, "b": [None]}),
+    "State('relu')": lambda: sf.State("relu"),
+    "State(None)": lambda: sf.State(None),
+    "Param(name='net', Linear(weight=f32[3,2], bias=f32[3], in_features=2, "
+    "out_features=3, use_bias=True))": lambda: sf.Param(
+        eqx.nn.Linear(2, 3, key=jax.random.key(0)), name="net"
+    ),
+    "State((State(name='in', int32[]), f32[]))": lambda: sf.State(
+        (sf.State(0, name="in"), 1.0)
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "make"), REPRS.items(), ids=REPRS)
+def test_the_repr_is_one_line(text, make):
+    assert repr(make()) == text
+
+
+def test_the_repr_of_a_large_module_is_one_line():
+    layers = [{"weight": jnp.ones((64, 64)), "bias": None} for _ in range(20)]
+    text = repr(sf.Param(Holder(layers), name="net"))
+    layer = "{'bias': None, 'weight': f32[64,64]}"
+    assert text == f"Param(name='net', Holder(content=[{', '.join([layer] * 20)}]))"
+    assert "\n" not in text and "  " not in text
+
+
+def test_the_repr_inside_a_trace_is_of_the_value_as_it_stands_there():
+    state, pair = sf.State(jnp.ones(2), name="s"), sf.State((jnp.ones(2), 1))
+    shown = []
+
+    @sf.filter_jit
+    def step():
+        shown.append(repr(state))  # not a read: see below
+        state.value = jnp.ones((3, 1), jnp.int32)
+        pair.value = (pair.value[0][None], 1)
+        shown.extend((repr(state), repr(pair)))
+
+    step()
+    assert shown == [
+        "State(name='s', float32[2])",
+        "State(name='s', int32[3,1])",
+        "State((f32[1,2], i32[]))",
+    ]
+    assert step.stateful_function.get_read_states() == (pair,)
+
+
+def test_the_repr_can_be_taken_inside_a_raw_transform():
+    state = sf.State(jnp.ones(2))
+    shown = []
+    jax.jit(lambda x: (shown.append(repr(state)), x)[1])(1.0)
+    assert shown == ["State(float32[2])"]
+
+
+# -- a State whose value ended with the trace ---------------------------------------
+
+
+def lost() -> sf.State:
+    """A State that a traced function made and did not return."""
+    made = []
+
+    @sf.filter_jit
+    def step(x):
+        made.append(sf.State(x, name="lost"))
+
+    step(jnp.ones(2))
+    return made[0]
+
+
+def test_a_state_that_was_not_returned_has_no_value():
+    state = lost()
+    assert repr(state) == "State(name='lost', <no value>)"
+    read = lambda: state.value  # noqa: E731
+    uses = [
+        read,
+        sf.filter_jit(read),
+        lambda: by_pickle(state),
+        lambda: copy.copy(state),
+    ]
+    for use in uses:
+        with pytest.raises(sf.StateTraceError, match=r"^State 'lost' .* has no value"):
+            use()
+
+
+def test_a_state_without_a_value_can_be_given_one():
+    state = lost()
+    state.value = (1, "relu")
+    assert state.value == (1, "relu")
+
+
+# -- raw JAX transforms -------------------------------------------------------------
+
+x = jnp.ones(())
+
+
+def run_scan(f):
+    return jax.lax.scan(lambda c, _: (f(c), None), x, length=2)
+
+
+# The kinds that make a jaxpr, and keep it: what they saw would be frozen.
+TRACING = {
+    "jit": lambda f: jax.jit(f)(x),
+    "jit of grad": lambda f: jax.jit(jax.grad(f))(x),
+    "grad of jit": lambda f: jax.grad(jax.jit(f))(x),
+    "vmap of jit": lambda f: jax.vmap(jax.jit(f))(x[None]),
+    "eqx.filter_jit": lambda f: eqx.filter_jit(f)(x),
+    "make_jaxpr": lambda f: jax.make_jaxpr(f)(x),
+    "eval_shape": lambda f: jax.eval_shape(f, x),
+    "eqx.filter_eval_shape": lambda f: eqx.filter_eval_shape(f, x),
+    "checkpoint": lambda f: jax.checkpoint(f)(x),
+    "scan": run_scan,
+    "map": lambda f: jax.lax.map(f, x[None]),
+    "fori_loop": lambda f: jax.lax.fori_loop(0, 2, lambda _, c: f(c), x),
+    "while_loop": lambda f: jax.lax.while_loop(lambda c: c < 0, f, x),
+    "cond": lambda f: jax.lax.cond(True, f, f, x),
+    "switch": lambda f: jax.lax.switch(0, [f, f], x),
+}
+# The kinds that run the function on values of their own.
+RUNNING = {
+    "grad": lambda f: jax.grad(f)(x),
+    "value_and_grad": lambda f: jax.value_and_grad(f)(x),
+    "vmap": lambda f: jax.vmap(f)(x[None]),
+    "jvp": lambda f: jax.jvp(f, (x,), (x,)),
+    "vjp": lambda f: jax.vjp(f, x)[0],
+    "linearize": lambda f: jax.linearize(f, x)[0],
+    "jacfwd": lambda f: jax.jacfwd(f)(x),
+    "jacrev": lambda f: jax.jacrev(f)(x),
+    "grad of vmap": lambda f: jax.grad(lambda x: jax.vmap(f)(x[None]).sum())(x),
+    "eqx.filter_grad": lambda f: eqx.filter_grad(f)(x),
+    "eqx.filter_vmap": lambda f: eqx.filter_vmap(f)(x[None]),
+}
+ALL = {**TRACING, **RUNNING}
+tracing = pytest.mark.parametrize("run", TRACING.values(), ids=TRACING)
+running = pytest.mark.parametrize("run", RUNNING.values(), ids=RUNNING)
+every = pytest.mark.parametrize("run", ALL.values(), ids=ALL)
+
+
+@tracing
+def test_a_read_in_a_raw_transform_that_keeps_what_it_saw_is_refused(run):
+    state, where = sf.Param(3.0, name="w"), here()
+    with pytest.raises(sf.StateTraceError) as error:
+        run(lambda x: x * state.value)
+    assert first_line(error) == (
+        f"Param 'w' (created at {where}) was read inside a raw JAX transform."
+    )
+    assert "\n\nWhy: " in str(error.value) and "sf.filter_jit" in str(error.value)
+    assert isinstance(error.value, RuntimeError) and state.value == 3.0
+
+
+@running
+def test_a_read_in_a_raw_transform_that_keeps_nothing_is_right(run):
+    state = sf.State(3.0)
+
+    def f(x):  # one function: JAX may have kept something of its first run
+        return x * state.value
+
+    for new in (3.0, 5.0, -1.0):
+        state.value = new
+        got = jtu.tree_leaves(run(f))
+        expected = jtu.tree_leaves(run(lambda x: x * jnp.float32(new)))  # noqa: B023
+        assert [g.tolist() for g in got] == [e.tolist() for e in expected]
+
+
+@running
+@pytest.mark.parametrize("inner", [jax.jit, jax.checkpoint])
+def test_a_raw_jit_inside_a_raw_grad_does_not_freeze_what_was_read_before(run, inner):
+    state = sf.State(3.0)
+
+    def f(x):
+        w = state.value
+        return inner(lambda x, w: x * w)(x, w)
+
+    for new in (3.0, 5.0):
+        state.value = new
+        got = jtu.tree_leaves(run(f))
+        expected = jtu.tree_leaves(run(lambda x: x * jnp.float32(new)))  # noqa: B023
+        assert [g.tolist() for g in got] == [e.tolist() for e in expected]
+
+
+@every
+def test_a_write_in_a_raw_transform_is_refused(run):
+    state, where = sf.State(3.0, name="w"), here()
+    other = sf.State(4.0)
+
+    def f(x):
+        state.value = x
+        other.value = x
+        return x
+
+    with pytest.raises(sf.StateTraceError) as error:
+        run(f)
+    assert first_line(error) == (
+        f"State 'w' (created at {where}) was written inside a raw JAX transform."
+    )
+    assert "\n\nWhy: " in str(error.value) and "sf.filter_grad" in str(error.value)
+    assert (state.value, other.value) == (3.0, 4.0)
+    state.value = 5.0  # and all is well again
+    assert state.value == 5.0
+
+
+@every
+def test_a_concrete_write_in_a_raw_transform_is_refused(run):
+    # It would happen when the function is traced, not when it runs.
+    state = sf.State(3.0, name="w")
+
+    def f(x):
+        state.value = 7.0
+        return x
+
+    with pytest.raises(sf.StateTraceError, match=r"^State 'w' .* was written inside"):
+        run(f)
+    assert state.value == 3.0
+
+
+@every
+def test_a_state_can_not_be_given_a_tracer_in_a_raw_transform(run):
+    made = []
+
+    def f(x):
+        made.append((here(), sf.State({"a": x}, name="new")))
+
+    with pytest.raises(sf.StateTraceError) as error:
+        run(f)
+    assert re.fullmatch(
+        r"State 'new' \(created at .*test_state\.py:\d+\) was given a tracer inside a "
+        r"raw JAX transform\.",
+        first_line(error),
+    )
+    line = inspect.getsourcelines(f)[1] + 1
+    assert f"{__file__}:{line})" in first_line(error)
+    assert made == []
+
+
+@every
+def test_inside_a_statefun_transform_a_raw_one_can_not_write(run):
+    state, other = sf.State(3.0, name="w"), sf.State(4.0)
+
+    def body(y):
+        state.value = y
+        return y
+
+    @sf.filter_jit
+    def step():
+        other.value += 1
+        run(body)
+
+    with pytest.raises(sf.StateTraceError, match=r"^State 'w' .* was written inside"):
+        step()
+    assert (state.value, other.value) == (3.0, 4.0)
+
+
+@pytest.mark.parametrize("run", [jax.jit, jax.grad, eqx.filter_jit, eqx.filter_grad])
+def test_a_module_reports_the_state_that_a_raw_transform_wrote(run):
+    module = Counter()
+
+    def f(x):
+        module.count.value += 1
+        return x
+
+    with pytest.raises(sf.StateTraceError, match=r"^State 'count' \(created at "):
+        run(f)(x)
+    assert module.count.value == 0
+
+
+def test_reading_in_a_thread_of_its_own_is_not_inside_the_transform():
+    state, seen = sf.State(3.0), []
+
+    @jax.jit
+    def f(x):
+        thread = threading.Thread(target=lambda: seen.append(state.value.item()))
+        thread.start()
+        thread.join()
+        return x
+
+    f(x)
+    assert seen == [3.0]
+
+
+def test_without_jit_a_raw_jit_may_read_and_write():
+    state = sf.State(3.0)
+
+    def f(x):
+        state.value += x
+        return state.value
+
+    with jax.disable_jit():
+        assert jax.jit(f)(x) == 4.0
+    assert state.value == 4.0
+
+
+# -- changed in place inside a trace ------------------------------------------------
+
+
+def set_item(value):
+    value["a"] = jnp.zeros(2)
+
+
+IN_PLACE = {
+    "set in a dict": ({"a": jnp.ones(2)}, set_item),
+    "add to a dict": ({"a": jnp.ones(2)}, lambda v: v.update(b=1)),
+    "delete from a dict": ({"a": jnp.ones(2)}, lambda v: v.clear()),
+    "set in a list": ([jnp.ones(2)], lambda v: v.__setitem__(0, jnp.zeros(2))),
+    "append to a list": ([jnp.ones(2)], lambda v: v.append(jnp.zeros(2))),
+    "swap in a list": ([jnp.ones(2), jnp.ones(2)], lambda v: v.reverse()),
+    "a static value": ({"act": "relu"}, lambda v: v.update(act="tanh")),
+    "deep inside": (({"a": [jnp.ones(2)]},), lambda v: v[0]["a"].clear()),
+    "a list of a module": (
+        Holder([jnp.ones(2)]),
+        lambda v: v.content.append(jnp.ones(2)),
+    ),
+    "a dict of a module": (Holder({"a": 1}), lambda v: v.content.update(a=2)),
+    "an ordered dict": (collections.OrderedDict(a=jnp.ones(2)), set_item),
+    "a default dict": (collections.defaultdict(list, a=jnp.ones(2)), set_item),
+}
+in_place = pytest.mark.parametrize(("value", "change"), IN_PLACE.values(), ids=IN_PLACE)
+
+
+@in_place
+def test_a_change_in_place_inside_a_trace_is_an_error(value, change):
+    state, where = sf.State(value, name="stats"), here()
+    other = sf.State(0)
+
+    @sf.filter_jit
+    def step():
+        other.value += 1
+        change(state.value)
+
+    before = state._cell.flat
+    with pytest.raises(sf.StateTraceError) as error:
+        step()
+    assert first_line(error) == (
+        f"the value of State 'stats' (created at {where}) was changed in place inside "
+        "a trace."
+    )
+    assert "assign the new value" in str(error.value)
+    assert state._cell.flat is before and other.value == 0
+
+
+@in_place
+def test_a_changed_value_may_be_assigned_back(value, change):
+    state = sf.State(value)
+
+    @sf.filter_jit
+    def step():
+        new = state.value
+        change(new)
+        state.value = new
+
+    step()
+    expected = sf.State(value).value
+    change(expected)
+    assert repr(state) == repr(sf.State(expected))
+
+
+def test_a_change_in_place_is_seen_without_jit_too():
+    state = sf.State([1], name="stats")
+    step = sf.filter_jit(lambda: state.value.append(2))
+    with jax.disable_jit(), pytest.raises(sf.StateTraceError, match="changed in place"):
+        step()
+    assert len(state.value) == 1
+
+
+def test_a_change_in_place_in_an_inner_trace_is_an_error():
+    state = sf.State({"a": jnp.ones(2)}, name="stats")
+    inner = sf.filter_jit(lambda: set_item(state.value))
+
+    @sf.filter_jit
+    def outer():
+        inner()
+
+    with pytest.raises(sf.StateTraceError, match=r"^the value of State 'stats'"):
+        outer()
+
+
+def test_a_change_of_a_value_written_in_the_same_trace_is_an_error():
+    state = sf.State({"a": jnp.ones(2)}, name="stats")
+
+    @sf.filter_jit
+    def step():
+        state.value = {"a": jnp.zeros(2)}
+        state.value["a"] += 1
+
+    with pytest.raises(sf.StateTraceError, match=r"^the value of State 'stats'"):
+        step()
+    assert state.value["a"].tolist() == [1.0, 1.0]
+
+
+def test_reading_a_list_or_dict_inside_a_trace_is_fine():
+    state = sf.State({"a": [jnp.ones(2)], "b": {}})
+    sums = sf.filter_jit(lambda: sum(x.sum() for x in state.value["a"]))
+    assert sums() == 2.0
+
+
+def test_an_error_of_the_function_is_not_hidden_by_a_change_in_place():
+    state = sf.State({"a": jnp.ones(2)})
+
+    @sf.filter_jit
+    def step():
+        set_item(state.value)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        step()
+
+
+# -- where a State was created ------------------------------------------------------
+
+
+def place(state: sf.State) -> str:
+    """What errors say about the place, taken from one."""
+    with pytest.raises(sf.StateTypeError) as error:
+        hash(state)
+    found = re.search(r"\(created at (.*)\) was hashed", str(error.value))
+    assert found is not None
+    return found[1]
+
+
+def make_state() -> tuple[sf.State, str]:
+    return sf.State(0), here()
+
+
+def test_the_place_is_the_line_that_called_the_class():
+    assert all(place(state) == where for state, where in (make_state(), make_state()))
+    cases = [
+        (sf.Param(0), here()),
+        (Cache(0, 1), here()),
+        (next(sf.State(0) for _ in range(1)), here()),
+    ]
+    assert [place(state) for state, _ in cases] == [where for _, where in cases]
+
+
+def line_of(text: str) -> str:
+    lines = pathlib.Path(__file__).read_text().splitlines()
+    (line,) = (i for i, source in enumerate(lines, 1) if text in source.split("  #")[0])
+    return f"{__file__}:{line}"
+
+
+def test_the_place_in_a_module_is_the_line_in_its_init():
+    assert place(Counter().count) == line_of("self.count = sf.State(0, " + "name=")
+
+
+def test_the_place_of_a_default_is_the_line_of_its_factory():
+    assert place(Normed().mean) == line_of("mean: sf.State = eqx.field(default_" + "fa")
+
+
+def test_the_place_of_a_state_made_by_a_generated_init_is_its_caller():
+    # `dataclasses` writes the code that calls the constructor: it has no file.
+    make = functools.partial(sf.State, 0)
+
+    @dataclasses.dataclass
+    class Config:
+        state: sf.State = dataclasses.field(default_factory=make)
+
+    class Net(eqx.Module):
+        config: Config = dataclasses.field(default_factory=Config)
+        state: sf.State = dataclasses.field(default_factory=make)
+
+    config, where = Config(), here()
+    assert place(config.state) == where
+    net, where = Net(), here()
+    assert place(net.state) == place(net.config.state) == where
+
+
+@pytest.mark.parametrize("copied", [copy.copy, *COPIES.values()])
+def test_copies_keep_the_place(copied):
+    state, where = sf.State(0, name="s"), here()
+    assert place(copied(state)) == where
+
+
+def test_the_place_of_a_state_made_under_jit_is_the_users_line():
+    @sf.filter_jit
+    def make():
+        return Counter()
+
+    assert place(make().count) == line_of("self.count = sf.State(0, " + "name=")
+
+
+def test_the_place_in_code_that_is_no_file():
+    # A notebook cell, a doctest, what is typed at the prompt.
+    source = "import statefun\n\ndef f():\n    return statefun.State(0)\n"
+    space: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(source, "<prompt>", "exec"), space)
+    assert place(space["f"]()) == "<prompt>:4"
+
+
+def test_errors_name_the_path_once_it_is_known():
+    model = {"net": Holder([sf.State(0), sf.Param((sf.State(0), jnp.ones(2)))])}
+    first, second = model["net"].content
+    inner = second.value[0]
+    for state in (first, second, inner):
+        assert "` (created" not in describe(state)
+    sf.states(model)
+    assert describe(first).startswith("State at `['net'].content[0]` (created at ")
+    assert describe(second).startswith("Param at `['net'].content[1]` (created at ")
+    assert describe(inner).startswith("State at `['net'].content[1].value[0]` (created")
+
+
+def describe(state: sf.State) -> str:
+    with pytest.raises(sf.StateTypeError) as error:
+        hash(state)
+    return first_line(error)
+
+
+def test_a_state_of_an_argument_is_named_by_its_place_in_the_arguments():
+    @sf.filter_jit
+    def step(module):
+        def body(x):
+            module.count.value = x
+            return x
+
+        return jax.grad(body)(jnp.ones(()))
+
+    named = r"^State 'count' at `args\[0\]\.count` \(created at .* was written"
+    with pytest.raises(sf.StateTraceError, match=named):
+        step(Counter())
