@@ -48,6 +48,27 @@ from ._tree import (
 from ._tree import (
     values as values,
 )
+from .inspect import (
+    Cause as Cause,
+)
+from .inspect import (
+    Report as Report,
+)
+from .inspect import (
+    Retrace as Retrace,
+)
+from .inspect import (
+    TraceLimitError as TraceLimitError,
+)
+from .inspect import (
+    explain as explain,
+)
+from .inspect import (
+    log_retraces as log_retraces,
+)
+from .inspect import (
+    max_traces as max_traces,
+)
 from .ir import (
     optimize_jaxpr as optimize_jaxpr,
 )
@@ -67,6 +88,9 @@ from .transforms import (
     associative_scan as associative_scan,
 )
 from .transforms import (
+    checkify as checkify,
+)
+from .transforms import (
     cond as cond,
 )
 from .transforms import (
@@ -74,6 +98,12 @@ from .transforms import (
 )
 from .transforms import (
     filter_closure_convert as filter_closure_convert,
+)
+from .transforms import (
+    filter_custom_jvp as filter_custom_jvp,
+)
+from .transforms import (
+    filter_custom_vjp as filter_custom_vjp,
 )
 from .transforms import (
     filter_eval_shape as filter_eval_shape,
@@ -118,6 +148,9 @@ from .transforms import (
     scan as scan,
 )
 from .transforms import (
+    shard_map as shard_map,
+)
+from .transforms import (
     switch as switch,
 )
 from .transforms import (
@@ -126,10 +159,13 @@ from .transforms import (
 
 __all__ = [
     "CacheKey",
+    "Cause",
     "Compiled",
     "Jitted",
     "Lowered",
     "Param",
+    "Report",
+    "Retrace",
     "State",
     "StateError",
     "StateTrace",
@@ -137,12 +173,17 @@ __all__ = [
     "StateTypeError",
     "StateValueError",
     "StatefulFunction",
+    "TraceLimitError",
     "Traced",
     "associative_scan",
+    "checkify",
     "clone",
     "cond",
+    "explain",
     "filter_checkpoint",
     "filter_closure_convert",
+    "filter_custom_jvp",
+    "filter_custom_vjp",
     "filter_eval_shape",
     "filter_grad",
     "filter_hessian",
@@ -157,10 +198,13 @@ __all__ = [
     "fori_loop",
     "freeze",
     "is_state",
+    "log_retraces",
     "make_jaxpr",
     "map",
+    "max_traces",
     "optimize_jaxpr",
     "scan",
+    "shard_map",
     "states",
     "switch",
     "update",

@@ -118,11 +118,13 @@ class Signature:
 def spread_prefix(prefix: Any, tree: Any) -> list[Any]:
     """For every leaf of `tree` the leaf of `prefix` that stands above it.
 
-    `None` and shardings are leaves of the prefix.
+    `None`, shardings and partition specs are leaves of the prefix.
     """
 
     def is_leaf(x: Any) -> bool:
-        return x is None or isinstance(x, jax.sharding.Sharding)
+        return x is None or isinstance(
+            x, jax.sharding.Sharding | jax.sharding.PartitionSpec
+        )
 
     spread: list[Any] = []
 

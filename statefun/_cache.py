@@ -53,7 +53,11 @@ class Record:
         "forgotten",
         "key",
         "may_fail",
+        "n_out",
+        "nothing",
+        "out",
         "program",
+        "single",
         "states",
         "steady",
         "structures",
@@ -66,6 +70,10 @@ class Record:
         self.program = program
         self.key = key
         self.context = context
+        self.n_out = program.n_out
+        self.out = program.out
+        self.single = program.out.is_array
+        self.nothing = program.out.is_none
         self.tick = 0
         self.filed = False
         self.forgotten = False  # it closed over tracers, see `forget_jaxpr`

@@ -21,16 +21,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from jax.experimental.checkify import check_error
 
 from . import _args, _frame, _program
 from ._cache import CacheKey, Record, Records, TracingLock, trace_context
-from ._compat import TOP_LEVEL, array_class, at_top_level, trace_state
+from ._compat import TOP_LEVEL, array_class, at_top_level, current_trace
 from ._compiled import Compiled, Eager, Inputs, Options, Restart
 from ._errors import StateTraceError, StateValueError, lesson
 from ._frame import Cell, local, lock, shared
@@ -43,6 +45,32 @@ class _Elsewhere(Exception):
     """This entry can't serve the call: look again for one that can."""
 
 
+class Observer:
+    """Is told of every trace, and of what is forgotten. A call that hits tells nobody.
+
+    This one does nothing. `statefun.inspect` puts one in its place that keeps the
+    reasons of traces; code further down must not import from there.
+    """
+
+    def tracing(
+        self, entry: Entry, dynamic: Sequence[Any], known: dict[Cell, _frame.Value]
+    ) -> None:
+        """A function is about to be traced; raising forbids it."""
+
+    def traced(self, entry: Entry, record: Record) -> None:
+        """It was traced."""
+
+    def forgetting(self, caller: Caller, records: Sequence[Record], why: str) -> None:
+        """Records that the caller had are gone."""
+
+    def history(self, caller: Caller) -> list[Any]:
+        """Why the function was traced, oldest first."""
+        return []
+
+
+observer: Observer = Observer()
+
+
 class Caller:
     """Calls one function, and keeps what was traced and compiled for it."""
 
@@ -51,34 +79,16 @@ class Caller:
         self.options = options
         self.records = Records()
         self.entries: dict[Any, Entry] = {}
-        # Entries for calls with nothing but arrays, by how many there are. They are
-        # found without taking the arguments apart.
-        self.plain: dict[int, Entry] = {}
+        # For calls with nothing but arrays, by how many there are: see `Fast`.
+        self.fast: dict[int, Compiled] = {}
         self.tracing = TracingLock()
-        self.array_class: type | None = None  # known from the first call on
+        self.history: Any = None  # of its traces: the observer's
         self.static = _args.StaticArguments(
             fun, options.static_argnums, options.static_argnames
         )
 
     def run(self, args: tuple, kwargs: dict) -> Any:
         self.records.lookups += 1
-        try:
-            if not kwargs and local.frame is None and trace_state() == TOP_LEVEL:
-                concrete = self.array_class
-                for arg in args:
-                    if type(arg) is not concrete:
-                        break
-                else:
-                    entry = self.plain.get(len(args))
-                    if entry is not None:
-                        return entry.run_at_top(args, ())
-            return self._run(args, kwargs)
-        except _Elsewhere:
-            return self._run(args, kwargs)
-        except Eager:
-            return self.eager(args, kwargs)
-
-    def _run(self, args: tuple, kwargs: dict) -> Any:
         while True:
             if jax.config.jax_disable_jit:
                 return self.eager(args, kwargs)
@@ -90,6 +100,8 @@ class Caller:
                     return run(dynamic, states)
             except _Elsewhere:
                 continue
+            except Eager:
+                return self.eager(args, kwargs)
 
     def eager(self, args: tuple, kwargs: dict) -> Any:
         """Runs the function without tracing it, with the same effect on States."""
@@ -119,9 +131,7 @@ class Caller:
             self.remove(entry)
             entry = Entry(self, leaves, treedef, key[1], states, stand_in=True)
             entry = self.entries.setdefault(key, entry)
-            if _is_plain(args, kwargs):
-                self.array_class = array_class()
-                self.plain[len(args)] = entry
+            entry.plain = _is_plain(args, kwargs)
         if states and entry.aliases(states):
             # The function reaches one of these States by another way as well. Stand-ins
             # would make two of it, so these very States are part of the key.
@@ -138,11 +148,19 @@ class Caller:
     def remove(self, entry: Entry | None) -> None:
         if entry is None:
             return
+        if entry.dead:
+            observer.forgetting(self, entry.records, "gone")
         self.records.remove(entry.records)
-        for table in (self.entries, self.plain):
-            for key, other in list(table.items()):
-                if other is entry:
-                    table.pop(key, None)  # type: ignore[arg-type]
+        self.fast.clear()
+        for key, other in list(self.entries.items()):
+            if other is entry:
+                self.entries.pop(key, None)
+
+    def refile(self, record: Record) -> None:
+        """A record was dropped to make room, and is used again."""
+        for entry in self.entries.values():
+            if entry.owns(record):
+                entry.file(record)
 
     def forget(self, records: Sequence[Record]) -> None:
         for entry in list(self.entries.values()):
@@ -153,13 +171,83 @@ class Caller:
         return AheadOfTime(self, args, kwargs)
 
     def clear(self) -> None:
+        observer.forgetting(self, self.records.all(), "cleared")
         self.entries.clear()
-        self.plain.clear()
+        self.fast.clear()
         self.records.clear()
 
 
 def _is_plain(args: tuple, kwargs: dict) -> bool:
     return not kwargs and all(isinstance(a, jax.Array) for a in args)
+
+
+class Fast:
+    """A callable whose calls with nothing but arrays are cheap.
+
+    Everything that can go wrong is looked at, and if anything is unusual (a transform
+    under way, another thread that writes, a State of another structure, a function that
+    was not called in this way before) the call is left to `Caller.run`. It is written
+    out here because at 5 µs for a whole `jax.jit` call each further Python frame, lock
+    or look at a thread-local shows: see the benchmark.
+    """
+
+    _caller: Caller
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        caller = self._caller
+        compiled = caller.fast.get(len(args))
+        if (
+            compiled is None
+            or kwargs
+            or shared.busy
+            or current_trace() is not TOP_LEVEL
+            or compiled.epoch != shared.structures
+        ):
+            return caller.run(args, kwargs)
+        if args:
+            concrete = array_class()
+            for arg in args:
+                if type(arg) is not concrete:
+                    return caller.run(args, kwargs)
+        version = shared.version
+        flats = [cell.flat for cell in compiled.cells]
+        if version & 1 or shared.version != version:
+            return caller.run(args, kwargs)
+        try:
+            out = compiled.jit(args, flats)
+        except (Restart, Eager):
+            return caller.run(args, kwargs)
+        record, arrays = out.popitem()
+        cells = record.cells
+        if cells:
+            again = False
+            lock.acquire()
+            try:
+                if (
+                    shared.version == version
+                    and record.steady
+                    and compiled.epoch == shared.structures
+                ):
+                    shared.version = version + 1
+                    n = record.n_out
+                    for cell, flat in zip(cells, arrays[n:] if n else arrays):  # noqa: B905
+                        cell.flat = flat
+                    shared.version = version + 2
+                elif _conflict(record, compiled.cells, flats, cells):
+                    again = True
+                else:
+                    _frame.assign(cells, arrays[record.n_out :], record.structures)
+            finally:
+                lock.release()
+            if again:
+                return caller.run(args, kwargs)
+        records = caller.records
+        records.lookups = record.tick = records.lookups + 1
+        if not record.filed:
+            caller.refile(record)
+        if record.single:
+            return arrays[0]
+        return None if record.nothing else record.out.build(arrays[: record.n_out])
 
 
 class AheadOfTime:
@@ -227,16 +315,18 @@ class Entry:
         self.arg_cells = {s._cell: i for i, s in enumerate(self.signature.stand_ins)}
         self.records: list[Record] = []
         self.dead = False
+        self.plain = False  # positional arguments only, each an array
         self.current: Compiled | None = None
         # What the programs need, all of them together, in the order it was found.
         self.inputs: dict[Cell, None] = {}
         self.updated: dict[Cell, None] = {}  # both read and written
         self.consts: dict[int, Any] = {}
         self.may_fail = False
+        self.effects = False
         self._closure: dict[Cell, Any] = {}  # reached otherwise than by an argument
         self._variants: dict[tuple, Compiled] = {}
         self._temporary: Record | None = None
-        self._present: Sequence[State] = ()
+        self._present = threading.local()
         self._dropped = 0
         options = caller.options
         self.donated = self.signature.donated(options.donate)
@@ -268,8 +358,12 @@ class Entry:
         """As `record`, for States with their present values."""
         if self.dead:
             raise _Elsewhere
+        # NumPy arrays as JAX takes them: 64 bits are 32 where x64 is off.
         dynamic = tuple(
-            x if isinstance(x, jax.Array) else jnp.asarray(x) for x in dynamic
+            x
+            if isinstance(x, jax.Array)
+            else np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
+            for x in dynamic
         )
         known = {c: _frame.current(states[i]._cell) for c, i in self.arg_cells.items()}
         with self.caller.tracing(), self.about(states):
@@ -303,15 +397,16 @@ class Entry:
     @contextlib.contextmanager
     def about(self, states: Sequence[State]) -> Iterator[None]:
         """While a call is under way, which States the arguments hold."""
-        before, self._present = self._present, states
+        before = getattr(self._present, "states", ())
+        self._present.states = states
         try:
             yield
         finally:
-            self._present = before
+            self._present.states = before
 
     def _trace(self, dynamic: Sequence[Any], known: dict[Cell, _frame.Value]) -> Record:
         caller, options = self.caller, self.caller.options
-
+        observer.tracing(self, dynamic, known)
         caller.records.misses += 1
 
         def run(*leaves: Any) -> Any:
@@ -338,7 +433,11 @@ class Entry:
             self._temporary = record
         else:
             self.file(record)
+        observer.traced(self, record)
         return record
+
+    def owns(self, record: Record) -> bool:
+        return record.key == self.cache_key(record.program.in_avals)
 
     def file(self, record: Record) -> None:
         """Keeps a record: a new one, or one that was dropped but is still compiled."""
@@ -348,11 +447,12 @@ class Entry:
             self.records.append(record)
         gone = self.caller.records.add(record)
         if gone:
+            observer.forgetting(self.caller, gone, "full")
             self.caller.forget(gone)
 
     def _actual(self, cells: Sequence[Cell]) -> list[Cell]:
         """The States of the call that is under way, in place of the stand-ins."""
-        present, index = self._present, self.arg_cells
+        present, index = self._present.states, self.arg_cells
         return [present[index[c]]._cell if c in index else c for c in cells]
 
     def done(self, record: Record) -> None:
@@ -372,12 +472,14 @@ class Entry:
             if cell in program.writes:
                 self.updated.setdefault(cell)
         self.may_fail |= record.may_fail
+        self.effects |= record.effects
         for const in program.consts:
             if not isinstance(const, jax.core.Tracer):
                 self.consts.setdefault(id(const), const)
         if self._size() == before:
             return False
         self.current = None
+        self.caller.fast.clear()
         self._variants.clear()
         return True
 
@@ -399,7 +501,7 @@ class Entry:
 
     def _size(self) -> tuple:
         sizes = map(len, (self._closure, self.inputs, self.updated, self.consts))
-        return (*sizes, self.may_fail)
+        return (*sizes, self.may_fail, self.effects)
 
     def variant(
         self, states: Sequence[State], fixed: Compiled | None = None
@@ -407,7 +509,7 @@ class Entry:
         """The `Compiled` for the present structures of the States; built if new."""
         if fixed is not None:
             cells = _cells(fixed.targets, states)
-            present = [_frame.read(cell)[1] for cell in cells]
+            present = [_frame.current(cell)[1] for cell in cells]
             misfits = zip(cells, present, fixed.structures, strict=True)
             raise StateValueError(
                 lesson(
@@ -421,19 +523,29 @@ class Entry:
         if self.dead:
             raise _Elsewhere
         with self.caller.tracing():
-            targets = tuple(self.arg_cells.get(c, c) for c in self.inputs)
-            structures = tuple(_frame.read(c)[1] for c in _cells(targets, states))
+            targets = self._targets(self.inputs)
+            # Without waiting for a donating call to give a State back: that call may be
+            # waiting to trace, and a State that is lent keeps its structure.
+            structures = tuple(_frame.current(c)[1] for c in _cells(targets, states))
             compiled = self._variants.get(structures)
             if compiled is None:
                 compiled = self._compile(targets, structures)
                 self._variants[structures] = compiled
             self.current = compiled
+            self.caller.fast.clear()
             return compiled
+
+    def _targets(self, cells: Iterable[Cell]) -> tuple[Cell | int, ...]:
+        """Positions among the arguments' States in place of the stand-ins."""
+        return tuple(self.arg_cells.get(cell, cell) for cell in cells)
 
     def _compile(self, targets: tuple, structures: tuple) -> Compiled:
         options = self.caller.options
-        # A program whose run may fail needs the old values back: nothing is donated.
-        donate_states = options.donate_states and not self.may_fail
+        # Where a run may fail the old values are needed afterwards, and a callback may
+        # read them meanwhile: nothing is donated.
+        donate_states = options.donate_states and not (
+            self.may_fail or self.effects or options.checked
+        )
         inputs = Inputs(
             cells=tuple(self.inputs),
             targets=targets,
@@ -458,7 +570,7 @@ class Entry:
         consts = [c for c in program.consts if not isinstance(c, jax.core.Tracer)]
         inputs = Inputs(
             cells=tuple(program.reads),
-            targets=tuple(self.arg_cells.get(c, c) for c in program.reads),
+            targets=self._targets(program.reads),
             structures=tuple(program.reads.values()),
             consts=tuple({id(c): c for c in consts}.values()),
             shardings=None if self.in_shardings is None else tuple(self.in_shardings),
@@ -505,20 +617,21 @@ class Entry:
         states: Sequence[State],
         fixed: Compiled | None = None,
     ) -> Any:
-        """A call outside of any transform: the hot path.
+        """A call outside of any transform.
 
         With `fixed` it runs just that, and nothing is traced or compiled.
         """
+        checked = self.caller.options.checked
         while True:
             compiled = fixed or self.current or self.prepare(dynamic, states)
             if compiled.donated:
                 return self._run_donating(dynamic, states, fixed)
             cells = compiled.cells or _cells(compiled.targets, states)
             with lock:
-                version = shared.version
-                epoch = shared.structures
                 if shared.taken:
                     _frame.wait_for(cells)
+                version = shared.version
+                epoch = shared.structures
                 flats = [cell.flat for cell in cells]
             if epoch != compiled.epoch and (
                 self.dead or not compiled.accepts(cells, epoch)
@@ -526,26 +639,37 @@ class Entry:
                 self.variant(states, fixed)
                 continue
             try:
-                out = compiled.call(dynamic, flats, compiled.consts)
+                out = compiled.call(dynamic, flats)
             except Restart:
                 self.prepare(dynamic, states)
                 continue
-            ((record, (leaves, written)),) = out.items()
-            record.tick = self.caller.records.lookups
-            if not record.filed:
-                self.file(record)
+            record, arrays = out.popitem()
+            self._used(record)
+            leaves = arrays[: record.n_out]
+            if checked:
+                record.out.build(leaves, states)[0].throw()
             targets = record.cells or _cells(record.targets, states)
             with lock:
                 if shared.version != version and _conflict(
                     record, cells, flats, targets
                 ):
                     continue
-                for cell, flat in zip(targets, written):  # noqa: B905
-                    cell.flat = flat
-                if epoch != shared.structures or not record.steady:
-                    _frame.set_structures(targets, record.structures)
-                shared.version += 1
-            return record.program.out.build(leaves, states)
+                if targets:
+                    _frame.assign(targets, arrays[record.n_out :], record.structures)
+            if (
+                compiled.simple
+                and compiled.cells is not None
+                and self.plain
+                and fixed is None
+            ):
+                self.caller.fast[len(dynamic)] = compiled
+            result = record.out.build(leaves, states)
+            return result[1] if checked else result
+
+    def _used(self, record: Record) -> None:
+        record.tick = self.caller.records.lookups
+        if not record.filed:
+            self.file(record)
 
     def _run_donating(
         self, dynamic: Sequence[Any], states: Sequence[State], fixed: Compiled | None
@@ -560,28 +684,31 @@ class Entry:
                 return self.run_at_top(dynamic, states, fixed)
             cells = _cells(compiled.targets, states)
             with _frame.turn([cells[i] for i in compiled.donated]):
-                flats = [cell.flat for cell in cells]
+                with lock:
+                    _frame.wait_for(cells)
+                    flats = [cell.flat for cell in cells]
                 if self.dead or not compiled.accepts(cells, -1):
                     self.variant(states, fixed)
                     continue
                 try:
-                    out = compiled.call_donating(dynamic, flats)
+                    out = compiled.call(dynamic, flats)
                 except Restart:
                     self.prepare(dynamic, states)
                     continue
-                ((record, (leaves, written, kept)),) = out.items()
-                values = dict(zip(_cells(record.targets, states), written, strict=True))
-                untouched = [cells[i] for i in compiled.untouched(record)]
-                values.update(zip(untouched, kept, strict=True))
+                record, arrays = out.popitem()
+                leaves, new = arrays[: record.n_out], arrays[record.n_out :]
+                untouched = compiled.untouched(record)
                 with lock:
-                    for cell, flat in values.items():
-                        cell.flat = flat
-                    _frame.set_structures(
-                        _cells(record.targets, states), record.structures
+                    _frame.assign(
+                        _cells(record.targets, states) + [cells[i] for i in untouched],
+                        new,
+                        [
+                            *record.structures,
+                            *(compiled.structures[i] for i in untouched),
+                        ],
                     )
-                    shared.version += 1
-            record.tick = self.caller.records.lookups
-            return record.program.out.build(leaves, states)
+            self._used(record)
+            return record.out.build(leaves, states)
 
     def run_in_trace(self, dynamic: Sequence[Any], states: Sequence[State]) -> Any:
         """A call inside another transform, statefun's or not."""
@@ -590,11 +717,13 @@ class Entry:
         if states and self.aliases(states):
             raise _Elsewhere
         compiled = self._compile_in_trace(record)
+        _frame.touch(_cells(self._targets(record.program.order), states))
         flats = [_frame.read(cell)[0] for cell in _cells(compiled.targets, states)]
         # Plain `jax.jit`: the outermost call looks after runtime checks.
         out = compiled.jit(*compiled.arguments(dynamic, flats))
-        ((record, (leaves, written)),) = out.items()
-        record.tick = self.caller.records.lookups
+        record, arrays = out.popitem()
+        leaves, written = arrays[: record.n_out], arrays[record.n_out :]
+        self._used(record)
         targets = _cells(record.targets, states)
         frame = local.frame
         if frame is not None:
@@ -603,7 +732,12 @@ class Entry:
             raise _frame.foreign_write(targets[0])
         values = zip(written, record.structures, strict=True)
         _frame.write(dict(zip(targets, values, strict=True)))
-        return record.program.out.build(leaves, states)
+        out = record.out.build(leaves, states)
+        if not self.caller.options.checked:
+            return out
+        error, out = out
+        check_error(error)  # the transform around has to be checkified, too
+        return out
 
 
 def _gone() -> None:

@@ -20,17 +20,26 @@ from jax.interpreters import batching, mlir
 # it is built by hand. `replace` and `ClosedJaxpr(jaxpr, consts)` work on both sides.
 
 
-trace_state = functools.partial(jec.get_opaque_trace_state, convention=None)
-"""Gives an opaque, comparable mark of the JAX trace that is current in this thread."""
+current_trace = functools.partial(jec.find_top_trace, ())
+"""Gives the trace that is current in this thread, to compare (`is`) or to enter again.
 
+Since jax 0.4.36 `find_top_trace` looks at no arguments and returns the current trace.
+`get_opaque_trace_state` says the same at three times the price, and a call of a jitted
+function asks each time.
+"""
 
 with jax.core.eval_context():
-    TOP_LEVEL = trace_state()
+    TOP_LEVEL = current_trace()
 
 
 def at_top_level() -> bool:
     """Whether no JAX transformation is under way in this thread."""
-    return trace_state() == TOP_LEVEL
+    return current_trace() is TOP_LEVEL
+
+
+def in_trace(trace: Any) -> Any:
+    """Context manager: JAX operations inside are recorded by `trace`."""
+    return jec.set_current_trace(trace)
 
 
 @functools.cache
@@ -42,17 +51,6 @@ def array_class() -> type:
     taken from an array, when there is one: making one at import would start the backend.
     """
     return type(jnp.zeros(()))
-
-
-def current_trace() -> Any:
-    """The current trace itself, to be entered again with `in_trace`."""
-    with jec.take_current_trace() as trace:
-        return trace
-
-
-def in_trace(trace: Any) -> Any:
-    """Context manager: JAX operations inside are recorded by `trace`."""
-    return jec.set_current_trace(trace)
 
 
 def define_primitive(
@@ -76,6 +74,14 @@ def close(jaxpr: Any, consts: Sequence[Any]) -> jec.ClosedJaxpr:
 trace_generation = jax.make_user_context(0)
 
 
+def varying_axes(x: Any) -> frozenset:
+    """The axes of a `shard_map` along which an array differs between devices."""
+    aval = jax.typeof(x)
+    # Named `vma` until 0.9, `manual_axis_type.varying` since.
+    kind = getattr(aval, "manual_axis_type", None)
+    return frozenset(aval.vma if kind is None else kind.varying)  # type: ignore[attr-defined]
+
+
 # -- which arrays differ along a vmapped axis? --------------------------------------
 
 
@@ -90,7 +96,7 @@ _probing = _Probing()
 def _on_batched(args: Sequence[Any], dims: Sequence[Any], *, index: int) -> Any:
     # Called in the trace around the vmap that the array is batched in. An array that is
     # batched in an outer vmap only gets here, too, but in that one's outer trace.
-    if _probing.found is not None and trace_state() == _probing.outside:
+    if _probing.found is not None and current_trace() is _probing.outside:
         _probing.found.add(index)
     return args[0], dims[0]
 
@@ -111,7 +117,7 @@ def batched(arrays: Sequence[Any], outside: Any) -> set[int]:
     **Arguments:**
 
     - `arrays`: anything inside of the vmap.
-    - `outside`: `trace_state()` in the trace around the vmap.
+    - `outside`: `current_trace()` in the trace around the vmap.
     """
     before = _probing.outside, _probing.found
     found: set[int] = set()

@@ -32,6 +32,7 @@ class Options(NamedTuple):
     donate_states: bool = False
     in_shardings: Any = None
     out_shardings: Any = None
+    checked: bool = False  # the function returns (error, out): see `filter_jit`
 
 
 class Restart(Exception):
@@ -85,7 +86,7 @@ class Compiled:
         self.donated = inputs.donated
         self.epoch = -1  # of `shared.structures`, when the structures last fitted
 
-        def body(dynamic, flats, consts, given=(), given_flats=()):  # type: ignore[no-untyped-def]
+        def body(dynamic, flats, consts=(), given=(), given_flats=()):  # type: ignore[no-untyped-def]
             return self._body(dynamic, flats, consts, given, given_flats)
 
         body.__name__ = body.__qualname__ = options.name
@@ -94,14 +95,19 @@ class Compiled:
             kept, given = _split(inputs.shardings, inputs.donated_leaves)
             how["in_shardings"] = (kept, None, None, given, None)
         self.jit = jax.jit(body, donate_argnums=(3, 4), **how)
-        self.call: Callable[..., Any] = self.jit
-        if inputs.donated_leaves or inputs.shardings is not None:
-            self.call = self._call_with_everything
-        if inputs.may_fail:
-            # Equinox turns the failure of a check into an error that can be read, and
-            # waits for it, which has to be done before anything is committed.
-            checked = eqx.filter_jit(body)
-            self.call = lambda dynamic, *rest: checked(self._placed(dynamic), *rest)
+        # Whether nothing goes in but dynamic leaves and States, see `_call.Fast`.
+        self.simple = not (
+            inputs.consts
+            or inputs.donated
+            or inputs.donated_leaves
+            or inputs.may_fail
+            or options.checked
+            or inputs.shardings is not None
+        )
+        self.fast = self.simple and self.cells is not None
+        # Equinox turns the failure of a check into an error that can be read, and waits
+        # for it, which has to be done before anything is committed.
+        self._run = eqx.filter_jit(body) if inputs.may_fail else self.jit
 
     # -- calling --
 
@@ -119,37 +125,32 @@ class Compiled:
         """The same, with an executable that was compiled ahead of time in its place."""
         fixed = copy.copy(self)
         fixed.epoch = -1
-        fixed.jit = executable
-
-        def call(dynamic: Any, flats: Any, _: Any) -> Any:
-            out = executable(*self.arguments(dynamic, flats))
-            return jax.block_until_ready(out) if self._inputs.may_fail else out
-
-        fixed.call = call
+        fixed._run = executable
+        if self._inputs.may_fail:
+            fixed._run = lambda *args: jax.block_until_ready(executable(*args))
         return fixed
 
     def arguments(self, dynamic: Sequence[Any], flats: Sequence[Any]) -> tuple:
-        """The arguments of `jit`."""
+        """The arguments of `jit`: always the same containers, or it would retrace."""
+        if self.simple:
+            return tuple(dynamic), flats
         kept, given = _split(dynamic, self._inputs.donated_leaves)
         kept_flats, given_flats = _split(flats, self.donated)
         return kept, kept_flats, self.consts, given, given_flats
 
-    def call_donating(self, dynamic: Sequence[Any], flats: list[Any]) -> Any:
+    def call(self, dynamic: Sequence[Any], flats: list[Any]) -> Any:
         for i in self.donated:
             flats[i] = _copy_if_held(flats, i)
-        return self._quiet(*self.arguments(dynamic, flats))
-
-    def _call_with_everything(self, dynamic: Any, flats: Any, _: Any) -> Any:
-        return self._quiet(*self.arguments(dynamic, flats))
-
-    def _quiet(self, *args: Any) -> Any:
-        if self._options.donate.startswith("warn"):
-            return self.jit(*args)
+        if self._inputs.may_fail:
+            dynamic = self._placed(dynamic)
+        arguments = self.arguments(dynamic, flats)
+        if self._options.donate == "none" or self._options.donate.startswith("warn"):
+            return self._run(*arguments)
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", message="Some donated buffers were not usable"
             )
-            return self.jit(*args)
+            return self._run(*arguments)
 
     def _placed(self, dynamic: Sequence[Any]) -> Sequence[Any]:
         shardings = self._inputs.shardings
@@ -188,9 +189,8 @@ class Compiled:
             leaves = _constrain(leaves, program.out, self._options.out_shardings)
         self._entry.done(record)
         written = [flat for flat, _ in writes.values()]
-        if not self.donated:
-            return {record: (leaves, written)}
-        return {record: (leaves, written, [flats[i] for i in self.untouched(record)])}
+        kept = [flats[i] for i in self.untouched(record)]
+        return {record: [*leaves, *written, *kept]}
 
     def _covers(self, record: Record) -> bool:
         """Whether everything that the program needs is an input here."""
@@ -203,6 +203,7 @@ class Compiled:
                 if not isinstance(c, jax.core.Tracer)
             )
             and (inputs.may_fail or not record.may_fail)
+            and not (self.donated and record.effects)
         )
 
     def untouched(self, record: Record) -> list[int]:

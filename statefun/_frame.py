@@ -85,11 +85,16 @@ class _Local(threading.local):
 class _Shared:
     """Counters that let a call see at a glance that nothing else happened."""
 
-    __slots__ = ("generation", "structures", "taken", "version")
+    __slots__ = ("busy", "generation", "structures", "taken", "version")
 
     def __init__(self) -> None:
         self.taken: dict[Cell, int] = {}  # States lent to a donating call: by thread
-        self.version = 0  # grows with every commit
+        # Frames under way and States taken, in any thread: while there are none, a call
+        # needs to look for neither.
+        self.busy = 0
+        # Grows by two with every commit, and is odd while one is being made: values that
+        # were read between two looks at the same even number are of one moment.
+        self.version = 0
         self.structures = 0  # grows when a State changes structure
         self.generation = 0  # see `forget_inner_traces`
 
@@ -141,7 +146,7 @@ class Frame:
     `jax.checking_leaks()` would say so.
     """
 
-    _makes_jaxpr = False
+    _keeps = False
     known: Mapping[Cell, Value] = types.MappingProxyType({})
 
     def __init__(self) -> None:
@@ -159,12 +164,15 @@ class Frame:
     def __enter__(self) -> Frame:
         self.parent = local.frame
         self._trace = _compat.current_trace()
-        self._mark = _compat.trace_state()
         local.frame = self
+        with lock:
+            shared.busy += 1
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         local.frame = self.parent
+        with lock:
+            shared.busy -= 1
         self._contexts.close()
         try:
             if kind is None:
@@ -196,7 +204,7 @@ class Frame:
 
     def is_current(self) -> bool:
         """Whether JAX is in the frame's own trace, not in a raw transform inside."""
-        return _compat.trace_state() == self._mark
+        return _compat.current_trace() is self._trace
 
     def write(self, cell: Cell, flat: Any, structure: Structure) -> None:
         if not self.is_current():
@@ -221,9 +229,9 @@ class Frame:
         raise NotImplementedError
 
     def _keeper(self) -> Frame | None:
-        """The nearest frame whose trace makes a jaxpr."""
+        """The nearest frame that deals with what raw transforms keep."""
         frame: Frame | None = self
-        while frame is not None and not frame._makes_jaxpr:
+        while frame is not None and not frame._keeps:
             frame = frame.parent
         return frame
 
@@ -265,20 +273,25 @@ class Overlay(Frame):
 
     - `values`: what the States hold inside, where that differs from outside: the tracers
         of the transform for the States that it differentiates or maps over.
-    - `makes_jaxpr`: whether JAX keeps what it sees as a jaxpr (shard_map).
+    - `keeps`: whether a raw transform inside may keep what it sees in a jaxpr, so that
+        this frame has to see to it that nobody uses that later.
     - `view`: makes of the value that a State has outside the one that it has inside.
+    - `sealed`: whether the frames around have nothing to do with it, because JAX may run
+        the function at any time; States that are not in `values` then go to `view`.
     """
 
     def __init__(
         self,
         values: Mapping[Cell, Value] | None = None,
-        makes_jaxpr: bool = False,
+        keeps: bool = False,
         view: Callable[[Cell, Value], Value] | None = None,
+        sealed: bool = False,
     ):
         super().__init__()
         self._view = view
+        self._sealed = sealed
         self._values = dict(values or {})
-        self._makes_jaxpr = makes_jaxpr
+        self._keeps = keeps
 
     def __enter__(self) -> Frame:
         super().__enter__()
@@ -290,10 +303,12 @@ class Overlay(Frame):
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
         super().__exit__(kind, *rest)
-        if self._makes_jaxpr and self.kept:
+        if self._keeps and self.kept:
             forget_inner_traces()
 
     def _first_read(self, cell: Cell) -> Value:
+        if self._sealed and self._view is not None:
+            return self._view(cell, current(cell))
         if self.parent is not None:
             value = self.parent.peek(cell)
             if self._view is None:
@@ -314,7 +329,7 @@ class TracedFrame(Frame):
         matters here.
     """
 
-    _makes_jaxpr = True
+    _keeps = True
 
     def __init__(self, known: Mapping[Cell, Value] | None = None):
         super().__init__()
@@ -365,19 +380,25 @@ def commit(writes: Mapping[Cell, Value], seen: Mapping[Cell, Any]) -> bool:
             wait_for(writes)
         if any(c.flat is not seen[c] for c in writes if c in seen):
             return False
-        for cell, (flat, _) in writes.items():
-            cell.flat = flat
-        set_structures(writes, [structure for _, structure in writes.values()])
-        shared.version += 1
+        assign(
+            writes,
+            [flat for flat, _ in writes.values()],
+            [structure for _, structure in writes.values()],
+        )
     return True
 
 
-def set_structures(cells: Iterable[Cell], structures: Iterable[Structure]) -> None:
-    """To be called with the lock held, in one step with setting the values."""
-    for cell, structure in zip(cells, structures, strict=True):
+def assign(
+    cells: Iterable[Cell], flats: Iterable[Any], structures: Iterable[Structure]
+) -> None:
+    """Sets values; to be called with the lock held."""
+    shared.version += 1
+    for cell, flat, structure in zip(cells, flats, structures, strict=True):
+        cell.flat = flat
         if cell.structure is not structure:
             cell.structure = structure
             shared.structures += 1
+    shared.version += 1
 
 
 def wait_for(cells: Iterable[Cell]) -> None:
@@ -394,10 +415,12 @@ def turn(cells: Sequence[Cell]) -> Iterator[None]:
         wait_for(cells)
         mine = [cell for cell in cells if cell not in shared.taken]
         shared.taken.update(dict.fromkeys(mine, threading.get_ident()))
+        shared.busy += 1
     try:
         yield
     finally:
         with lock:
+            shared.busy -= 1
             for cell in mine:
                 del shared.taken[cell]
             _given_back.notify_all()
@@ -421,7 +444,7 @@ def current(cell: Cell, frame: Frame | None = _INNERMOST) -> Value:
     if frame is _INNERMOST:
         frame = local.frame
     while frame is not None:
-        found = frame.writes.get(cell) or frame.reads.get(cell)
+        found = frame.writes.get(cell) or frame.reads.get(cell) or frame.known.get(cell)
         if found is not None:
             return found
         frame = frame.parent
@@ -430,12 +453,14 @@ def current(cell: Cell, frame: Frame | None = _INNERMOST) -> Value:
 
 def has_value(cell: Cell) -> bool:
     """False for a State that was created inside a trace and has outlived it."""
-    frame = local.frame
-    while frame is not None:
-        if cell in frame.writes or cell in frame.reads or cell in frame.known:
-            return True
-        frame = frame.parent
-    return cell.flat is not UNSET
+    return current(cell)[0] is not UNSET
+
+
+def touch(cells: Iterable[Cell]) -> None:
+    """Notes the order in which a call is going to access States."""
+    if local.frame is not None:
+        for cell in cells:
+            local.frame.order.setdefault(cell)
 
 
 def check_write(cell: Cell) -> None:
@@ -484,7 +509,9 @@ def transaction(run: Callable[[], R]) -> R:
     if local.frame is not None:
         return run()
     while True:
-        with Overlay() as frame:
+        with Overlay(keeps=True) as frame:
+            if shared.generation:
+                frame._contexts.enter_context(trace_context())
             out = run()
             if _settle(frame):
                 return out

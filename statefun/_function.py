@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.extend.core as jec
 import jax.tree_util as jtu
 
-from . import _compat, _frame
+from . import _call, _compat, _frame
 from ._cache import CacheKey, Record
-from ._call import Caller
+from ._call import Caller, Fast
 from ._compiled import Options
 from ._errors import StateValueError, lesson
 from ._frame import Cell
@@ -44,7 +44,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class StatefulFunction(Generic[P, R]):
+class StatefulFunction(Fast, Generic[P, R]):
     """A function that reads and writes States, traced to a pure jaxpr.
 
     It is what `filter_jit` is built on, and says of a function which States it touches.
@@ -224,11 +224,13 @@ class StatefulFunction(Generic[P, R]):
 
     # -- calling --
 
-    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    if TYPE_CHECKING:
+
+        def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    def jaxpr_call_auto(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs the function, compiled, on the States' current values and commits."""
         return self._caller.run(args, kwargs)
-
-    jaxpr_call_auto = __call__
 
     def jaxpr_call(
         self, state_vals: Sequence[Any], /, *args: Any, **kwargs: Any
@@ -275,6 +277,13 @@ class StatefulFunction(Generic[P, R]):
     def clear_cache(self) -> None:
         """Forgets everything that was traced and compiled."""
         self._caller.clear()
+
+    def retraces(self) -> list[Any]:
+        """Why the function was traced: the newest 100 times, oldest first.
+
+        **Returns:** a list of [`statefun.Retrace`][].
+        """
+        return _call.observer.history(self._caller)
 
     def validate_states(self, key: CacheKey, /) -> bool:
         """Whether the States still fit what was traced under `key`.

@@ -115,6 +115,10 @@ def unpack(tree: Any, arg_states: Sequence[Any] = ()) -> Any:
     return inside(tree)
 
 
+_LEAF = jtu.tree_structure(0)
+_NONE = jtu.tree_structure(None)
+
+
 @dataclasses.dataclass(frozen=True)
 class OutTree:
     """How a result is put together from the arrays that the jaxpr returns."""
@@ -123,6 +127,14 @@ class OutTree:
     leaves: tuple  # ARRAY, or a static leaf
     only_arrays: bool
     packed: bool  # whether there is anything to unpack
+
+    @property
+    def is_array(self) -> bool:
+        return self.only_arrays and self.treedef == _LEAF
+
+    @property
+    def is_none(self) -> bool:
+        return self.treedef == _NONE
 
     def cells(self) -> list[Cell]:
         """The States that were there before and are part of the result."""

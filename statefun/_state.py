@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import weakref
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Generic, TypeVar
 
 import equinox as eqx
 import jax
@@ -70,6 +71,13 @@ class State(Generic[T]):
     __slots__ = ("__weakref__", "_cell")
 
     _cell: _frame.Cell
+
+    # A kind of State whose value, though it is shared, differs between the lanes of a
+    # vmap or the devices of a shard_map (random keys) says here what lane `index` of
+    # `size` holds, and what the State holds after the lanes have written it. Both take
+    # and return the flat value; they are static methods.
+    _in_lane: ClassVar[Callable[[Any, Any, jax.Array, int], Any] | None] = None
+    _after_lanes: ClassVar[Callable[[Any, Any, int], Any] | None] = None
 
     def __init__(self, value: T, *, name: str | None = None):
         _refuse_state(value, type(self).__name__)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import threading
 import types
 import weakref
@@ -91,9 +92,32 @@ def treedef_key(treedef: jtu.PyTreeDef) -> Any:
     Tree structures compare static fields with `==`, under which `1`, `1.0` and `True`
     are the same. The numbers among them are added, exactly.
     """
+    known = _keys.get(treedef)
+    fingerprint = _fingerprint(treedef)
+    if known is not None and known[0] == fingerprint:
+        return known[1]
     numbers: list[Any] = []
     _numbers_of(treedef, numbers)
-    return (treedef, tuple(numbers)) if numbers else treedef
+    key = (treedef, tuple(numbers)) if numbers else treedef
+    while len(_keys) >= 256:
+        _keys.pop(next(iter(_keys), None), None)
+    _keys[treedef] = fingerprint, key
+    return key
+
+
+# Looking for the numbers visits every node in Python. For a tree that was seen before it
+# is enough that it is equal, and that its static fields are the very same objects. The
+# treedef that is kept here keeps these alive, so that their ids stay theirs.
+_keys: dict[jtu.PyTreeDef, tuple[list[int], Any]] = {}
+
+
+def _fingerprint(treedef: jtu.PyTreeDef) -> list[int]:
+    found: list[Any] = []
+    treedef.walk(lambda _, aux: found.append(aux), id, range(treedef.num_leaves))
+    flat = itertools.chain.from_iterable(
+        aux if type(aux) is tuple else (aux,) for aux in found
+    )
+    return [id(x) for x in flat]
 
 
 _BUILTIN = (tuple, list, type(None), dict)

@@ -8,9 +8,9 @@ whose product mixes real and imaginary parts.
 The rules are in `_rules_arith.py`, `_rules_logic.py` and `_rules_shape.py`.
 """
 
-from jax.extend.core import ClosedJaxpr, JaxprEqn, primitives
+from jax.extend.core import JaxprEqn, primitives
 
-from ._jaxpr import AnyJaxpr
+from ._jaxpr import AnyJaxpr, ClosedJaxpr, Eqn
 from ._rules import Defs
 from ._rules_arith import ARITH_RULES
 from ._rules_logic import LOGIC_RULES
@@ -34,7 +34,7 @@ _WATCHED = {
 def rewrite(jaxpr: AnyJaxpr, walk: Walk) -> AnyJaxpr:
     defs: Defs = {}
 
-    def visit(eqn: JaxprEqn, env: Env) -> JaxprEqn | None:
+    def visit(eqn: Eqn, env: Env) -> Eqn | None:
         # A rule answers with a shorter equation, which may match another rule.
         while (rule := RULES.get(eqn.primitive)) is not None:
             answer = rule(eqn, defs)

@@ -6,13 +6,14 @@ signature. A call keeps every input that it holds a ref or an effect on.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from jax.extend.core import JaxprEqn, primitives
+from jax.extend.core import primitives
 
-from ._jaxpr import AnyJaxpr, Mask, keep, scan_counts, scan_params
+from ._jaxpr import AnyJaxpr, Eqn, Mask, keep, scan_counts, scan_params
 
 
+@runtime_checkable
 class Prune(Protocol):
     def needs(self, jaxpr: AnyJaxpr, wanted: Mask) -> Mask:
         """Which inputs the wanted outputs and the effects of `jaxpr` need."""
@@ -23,14 +24,14 @@ class Prune(Protocol):
         ...
 
 
-Rule = Callable[[JaxprEqn, Mask, Prune], JaxprEqn | None]
+Rule = Callable[[Eqn, Mask, Prune], Eqn | None]
 
 
 def _or(a: Mask, b: Mask) -> Mask:
     return tuple(x or y for x, y in zip(a, b, strict=True))
 
 
-def _without(eqn: JaxprEqn, ins: Mask, outs: Mask, params: dict[str, Any]) -> JaxprEqn:
+def _without(eqn: Eqn, ins: Mask, outs: Mask, params: dict[str, Any]) -> Eqn:
     """`eqn` with other parameters; the same object if they are the same."""
     if all(ins) and all(outs) and all(eqn.params[k] is v for k, v in params.items()):
         return eqn
@@ -41,14 +42,14 @@ def _without(eqn: JaxprEqn, ins: Mask, outs: Mask, params: dict[str, Any]) -> Ja
     )
 
 
-def _tuples(eqn: JaxprEqn, names: tuple[str, ...], mask: Mask) -> dict[str, Any]:
+def _tuples(eqn: Eqn, names: tuple[str, ...], mask: Mask) -> dict[str, Any]:
     """Parameters that say something about each input (or output), shortened."""
     if all(mask):
         return {}
     return {name: tuple(keep(eqn.params[name], mask)) for name in names}
 
 
-def _jit(eqn: JaxprEqn, wanted: Mask, prune: Prune) -> JaxprEqn | None:
+def _jit(eqn: Eqn, wanted: Mask, prune: Prune) -> Eqn | None:
     params = eqn.params
     body = params["jaxpr"]
     ins = prune.needs(body, wanted)
@@ -66,7 +67,7 @@ def _jit(eqn: JaxprEqn, wanted: Mask, prune: Prune) -> JaxprEqn | None:
     )
 
 
-def _remat(eqn: JaxprEqn, wanted: Mask, prune: Prune) -> JaxprEqn | None:
+def _remat(eqn: Eqn, wanted: Mask, prune: Prune) -> Eqn | None:
     body = eqn.params["jaxpr"]
     ins = prune.needs(body, wanted)
     # `prevent_cse` may say for each input whether to fence it off.
@@ -75,7 +76,7 @@ def _remat(eqn: JaxprEqn, wanted: Mask, prune: Prune) -> JaxprEqn | None:
     return _without(eqn, ins, wanted, params)
 
 
-def _cond(eqn: JaxprEqn, wanted: Mask, prune: Prune) -> JaxprEqn | None:
+def _cond(eqn: Eqn, wanted: Mask, prune: Prune) -> Eqn | None:
     branches = eqn.params["branches"]
     ins: Mask = (False,) * (len(eqn.invars) - 1)
     for branch in branches:
@@ -86,7 +87,7 @@ def _cond(eqn: JaxprEqn, wanted: Mask, prune: Prune) -> JaxprEqn | None:
     return _without(eqn, (True, *ins), wanted, {"branches": new})
 
 
-def _scan(eqn: JaxprEqn, wanted: Mask, prune: Prune) -> JaxprEqn | None:
+def _scan(eqn: Eqn, wanted: Mask, prune: Prune) -> Eqn | None:
     counts = scan_counts(eqn)
     if counts is None:
         return None
@@ -108,7 +109,7 @@ def _scan(eqn: JaxprEqn, wanted: Mask, prune: Prune) -> JaxprEqn | None:
     return _without(eqn, ins, outs, params)
 
 
-def _while(eqn: JaxprEqn, wanted: Mask, prune: Prune) -> JaxprEqn | None:
+def _while(eqn: Eqn, wanted: Mask, prune: Prune) -> Eqn | None:
     params = eqn.params
     test, body = params["cond_jaxpr"], params["body_jaxpr"]
     of_test, of_body = params["cond_nconsts"], params["body_nconsts"]

@@ -9,17 +9,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import (
-    ClosedJaxpr,
-    JaxprEqn,
-    Literal,
-    Var,
-    jaxprs_in_params,
-    primitives,
-)
+from jax.core import Tracer
+from jax.extend.core import Literal, Var, jaxprs_in_params, primitives
 
 from ._evaluate import evaluate
-from ._jaxpr import AnyJaxpr, consts_of, free_input, free_output, rebuild
+from ._jaxpr import (
+    AnyJaxpr,
+    ClosedJaxpr,
+    Eqn,
+    consts_of,
+    free_input,
+    free_output,
+    rebuild,
+)
 from ._purity import PURE
 from ._values import kind, literal_value, make_literal, plain
 from ._walk import CALLS, Env, Rewrite, Walk, alias, read, substitute
@@ -51,7 +53,7 @@ FOLDABLE = PURE - _RANDOM - _COLLECTIVE - _MEANT
 
 def _small_constant(value: Any) -> np.ndarray | None:
     """A closed-over array as NumPy's, if it is small and on this machine."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return None
     if isinstance(value, jax.Array):
         if value.is_deleted() or not value.is_fully_addressable:
@@ -88,7 +90,7 @@ class _Fold:
             return literal_value(atom)
         return self.known.get(atom)
 
-    def fold(self, eqn: JaxprEqn) -> bool:
+    def fold(self, eqn: Eqn) -> bool:
         """Whether `eqn` has become a constant."""
         if not eqn.invars or eqn.primitive not in FOLDABLE or eqn.effects:
             return False
@@ -128,7 +130,7 @@ class _Fold:
             and size <= sum(v.nbytes for v in values)
         )
 
-    def result(self, eqns: list[JaxprEqn], changed: bool) -> AnyJaxpr:
+    def result(self, eqns: list[Eqn], changed: bool) -> AnyJaxpr:
         jaxpr = self.jaxpr
         outvars = [read(self.env, v) for v in jaxpr.outvars]
         if not changed and all(
@@ -164,20 +166,19 @@ def _size(jaxpr: AnyJaxpr) -> int:
 def make_rewrite() -> Rewrite:
     variants: dict[Any, tuple[AnyJaxpr, AnyJaxpr]] = {}
 
-    def specialise(eqn: JaxprEqn, walk: Walk) -> JaxprEqn:
+    def specialise(eqn: Eqn, walk: Walk) -> Eqn:
         """A jit called with literals, with those known to its jaxpr."""
         body = eqn.params["jaxpr"]
-        given = {
-            i: v
-            for i, v in enumerate(eqn.invars)
-            if v.__class__ is Literal
-            and v.aval == body.invars[i].aval
-            and free_input(eqn, i)
-            and literal_value(v) is not None
-        }
+        given, key = {}, [id(body)]
+        for i, v in enumerate(eqn.invars):
+            value = literal_value(v)
+            if value is None or v.aval != body.invars[i].aval or not free_input(eqn, i):
+                continue
+            given[i] = v
+            key += [i, value.tobytes()]
         if not given:
             return eqn
-        key = (id(body), *[(i, literal_value(v).tobytes()) for i, v in given.items()])
+        key = tuple(key)
         if key not in variants:
             new = body
             if _size(body) <= MAX_EQUATIONS:
@@ -189,14 +190,14 @@ def make_rewrite() -> Rewrite:
         new = variants[key][1]
         return eqn if new is body else eqn.replace(params={**eqn.params, "jaxpr": new})
 
-    def constant_outputs(eqn: JaxprEqn, env: Env) -> None:
+    def constant_outputs(eqn: Eqn, env: Env) -> None:
         for i, atom in enumerate(eqn.params["jaxpr"].outvars):
             if atom.__class__ is Literal and free_output(eqn, i):
                 alias(env, eqn.outvars[i], atom)
 
     def run(jaxpr: AnyJaxpr, walk: Walk, given: dict[int, Literal]) -> AnyJaxpr:
         fold = _Fold(jaxpr, walk, given)
-        eqns: list[JaxprEqn] = []
+        eqns: list[Eqn] = []
         changed = False
         for old in jaxpr.eqns:
             eqn = walk.descend(substitute(old, fold.env) if fold.env else old)

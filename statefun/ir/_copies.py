@@ -5,26 +5,19 @@ but tells XLA or a person something is kept: `device_put`, sharding constraints,
 `optimization_barrier`, `reduce_precision`, `stop_gradient`, checkpoint names.
 """
 
-from jax.extend.core import (
-    ClosedJaxpr,
-    DropVar,
-    JaxprEqn,
-    Literal,
-    Var,
-    primitives,
-)
+from jax.extend.core import DropVar, Literal, Var, primitives
 
-from ._jaxpr import AnyJaxpr, free_input, free_output
+from ._jaxpr import AnyJaxpr, ClosedJaxpr, Eqn, free_input, free_output
 from ._rules import Answer, Defs
 from ._rules_shape import noop_reshape
 from ._walk import Env, Walk, alias, forward
 
 
-def _copy(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _copy(eqn: Eqn, defs: Defs) -> Answer:
     return eqn.invars[0]
 
 
-def _convert(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _convert(eqn: Eqn, defs: Defs) -> Answer:
     # To the same dtype, that is: `alias` compares the types, the weak one included.
     return eqn.invars[0] if eqn.params["sharding"] is None else None
 
@@ -37,7 +30,7 @@ _COPIES = {
 }
 
 
-def _passed_through(eqn: JaxprEqn, env: Env) -> None:
+def _passed_through(eqn: Eqn, env: Env) -> None:
     """Let what a jit hands back unchanged, or twice, be read where it came from."""
     params = eqn.params
     body = params["jaxpr"]
@@ -59,7 +52,7 @@ def _passed_through(eqn: JaxprEqn, env: Env) -> None:
 def rewrite(jaxpr: AnyJaxpr, walk: Walk) -> AnyJaxpr:
     nothing: Defs = {}
 
-    def visit(eqn: JaxprEqn, env: Env) -> JaxprEqn | None:
+    def visit(eqn: Eqn, env: Env) -> Eqn | None:
         if eqn.primitive is primitives.jit_p:
             _passed_through(eqn, env)
             return eqn

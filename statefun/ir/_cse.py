@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr, DropVar, JaxprEqn, Var
+from jax.extend.core import DropVar, JaxprEqn, Var
 
-from ._jaxpr import AnyJaxpr
+from ._jaxpr import AnyJaxpr, ClosedJaxpr, Eqn
 from ._numbering import Numbers, likeness
 from ._walk import Env, Rewrite, Walk, alias, forward
 
@@ -15,9 +15,9 @@ class _Table:
     def __init__(self, numbers: Numbers) -> None:
         self.numbers = numbers
         # By likeness: an equation that is alone so far, or several by their keys.
-        self.alike: dict[Any, JaxprEqn | dict[Any, list[Var]]] = {}
+        self.alike: dict[Any, Eqn | dict[Any, list[Var]]] = {}
 
-    def first(self, eqn: JaxprEqn) -> list[Var] | None:
+    def first(self, eqn: Eqn) -> list[Var] | None:
         """The outputs of an equal equation seen before; else remember this one."""
         like = likeness(eqn)
         known = self.alike.setdefault(like, eqn)
@@ -29,7 +29,7 @@ class _Table:
             known = self.alike[like] = keys
         return self._add(known, eqn)
 
-    def _add(self, keys: dict[Any, list[Var]], eqn: JaxprEqn) -> list[Var] | None:
+    def _add(self, keys: dict[Any, list[Var]], eqn: Eqn) -> list[Var] | None:
         key = self.numbers.key(eqn, _itself)
         # A DropVar cannot be read: such an equation is no one's first.
         first = not any(v.__class__ is DropVar for v in eqn.outvars)
@@ -54,7 +54,7 @@ def make_rewrite() -> Rewrite:
     def rewrite(jaxpr: AnyJaxpr, walk: Walk) -> AnyJaxpr:
         table = _Table(numbers)
 
-        def visit(eqn: JaxprEqn, env: Env) -> JaxprEqn | None:
+        def visit(eqn: Eqn, env: Env) -> Eqn | None:
             first = table.first(eqn)
             if first is None:
                 return eqn

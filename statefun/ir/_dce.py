@@ -6,10 +6,10 @@ so deadness passes through loops and branches, and out again.
 """
 
 from jax.core import ShapedArray
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import Literal, Var
 
 from ._calls import DROP_RULES
-from ._jaxpr import AnyJaxpr, Mask, keep, rebuild
+from ._jaxpr import AnyJaxpr, ClosedJaxpr, Eqn, Mask, keep, rebuild
 from ._walk import CALLS
 
 
@@ -19,7 +19,7 @@ class _Prune:
     def __init__(self) -> None:
         # Keyed by identity; the jaxprs are held so that no id is used twice.
         self.held: dict[int, AnyJaxpr] = {}
-        self.found: dict[tuple[int, Mask], tuple[list[JaxprEqn], Mask]] = {}
+        self.found: dict[tuple[int, Mask], tuple[list[Eqn], Mask]] = {}
         self.made: dict[tuple[int, Mask, Mask], AnyJaxpr] = {}
 
     def needs(self, jaxpr: AnyJaxpr, wanted: Mask) -> Mask:
@@ -35,9 +35,7 @@ class _Prune:
             self.made[(id(new), (True,) * sum(ins), (True,) * sum(outs))] = new
         return self.made[key]
 
-    def _cut(
-        self, jaxpr: AnyJaxpr, eqns: list[JaxprEqn], ins: Mask, outs: Mask
-    ) -> AnyJaxpr:
+    def _cut(self, jaxpr: AnyJaxpr, eqns: list[Eqn], ins: Mask, outs: Mask) -> AnyJaxpr:
         closed = isinstance(jaxpr, ClosedJaxpr)
         consts = None
         if closed and jaxpr.consts:
@@ -55,13 +53,13 @@ class _Prune:
             jaxpr, eqns, jaxpr.outvars, keep_in=ins, keep_out=outs, consts=consts
         )
 
-    def _backwards(self, jaxpr: AnyJaxpr, wanted: Mask) -> tuple[list[JaxprEqn], Mask]:
+    def _backwards(self, jaxpr: AnyJaxpr, wanted: Mask) -> tuple[list[Eqn], Mask]:
         key = (id(jaxpr), wanted)
         if key in self.found:
             return self.found[key]
         self.held[id(jaxpr)] = jaxpr
         needed = {v for v in keep(jaxpr.outvars, wanted) if v.__class__ is not Literal}
-        kept: list[JaxprEqn] = []
+        kept: list[Eqn] = []
         for eqn in reversed(jaxpr.eqns):
             outs = tuple([v in needed for v in eqn.outvars])
             if not eqn.effects and True not in outs:
@@ -78,7 +76,7 @@ class _Prune:
         self.found[key] = (kept, ins)
         return kept, ins
 
-    def _call(self, eqn: JaxprEqn, outs: Mask) -> JaxprEqn:
+    def _call(self, eqn: Eqn, outs: Mask) -> Eqn:
         rule = DROP_RULES.get(eqn.primitive)
         new = None if rule is None else rule(eqn, outs, self)
         if new is not None:

@@ -14,8 +14,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import JaxprEqn, primitives
+from jax.core import Tracer
+from jax.extend.core import primitives
 
+from ._jaxpr import Eqn
 from ._values import kind
 
 Values = Sequence[np.ndarray]
@@ -66,7 +68,7 @@ def _tiny(dtype: Any) -> Any:
     return jax.numpy.finfo(dtype).tiny
 
 
-def _convert(eqn: JaxprEqn, value: np.ndarray) -> np.ndarray | None:
+def _convert(eqn: Eqn, value: np.ndarray) -> np.ndarray | None:
     old, new = value.dtype, eqn.params["new_dtype"]
     was, becomes = kind(old), kind(new)
     if becomes == "other" or "complex" in (was, becomes):
@@ -84,7 +86,7 @@ def _convert(eqn: JaxprEqn, value: np.ndarray) -> np.ndarray | None:
 
 
 @np.errstate(all="ignore")
-def with_numpy(eqn: JaxprEqn, values: Values) -> np.ndarray | None:
+def with_numpy(eqn: Eqn, values: Values) -> np.ndarray | None:
     """What NumPy makes of it, where that is certain to be what XLA would."""
     primitive, (out,) = eqn.primitive, eqn.outvars
     of = kind(values[0].dtype)
@@ -128,7 +130,7 @@ def _no_checks() -> Iterator[None]:
         yield
 
 
-def with_xla(eqn: JaxprEqn, values: Values) -> np.ndarray | None:
+def with_xla(eqn: Eqn, values: Values) -> np.ndarray | None:
     """What running the equation by itself gives."""
     try:
         with jax.ensure_compile_time_eval(), _no_checks(), eqn.ctx.manager:
@@ -137,12 +139,12 @@ def with_xla(eqn: JaxprEqn, values: Values) -> np.ndarray | None:
         # No kernel for it here, perhaps: the program may be meant for another
         # device than the one that optimises it.
         return None
-    if isinstance(answer, (list, tuple, jax.core.Tracer)):
+    if isinstance(answer, (list, tuple, Tracer)):
         return None
     return _as(eqn.outvars[0].aval, answer)
 
 
-def evaluate(eqn: JaxprEqn, values: Values) -> np.ndarray | None:
+def evaluate(eqn: Eqn, values: Values) -> np.ndarray | None:
     """The one output of `eqn` on `values`; None if it has to be left alone."""
     result = with_numpy(eqn, values)
     return with_xla(eqn, values) if result is None else result

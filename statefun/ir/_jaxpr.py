@@ -8,11 +8,20 @@
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-AnyJaxpr = ClosedJaxpr | Jaxpr
+if TYPE_CHECKING:
+    # JAX annotates these with private classes that know of no shape.
+    Atom = AnyJaxpr = Eqn = Any
+    ClosedJaxpr = Any
+else:
+    from jax.extend.core import ClosedJaxpr
+
+    Atom = Var | Literal
+    AnyJaxpr = ClosedJaxpr | Jaxpr
+    Eqn = JaxprEqn
 Mask = tuple[bool, ...]
 
 
@@ -34,7 +43,7 @@ def _keep_names(names: Any, mask: Mask) -> tuple[str, ...] | None:
 
 def rebuild(
     jaxpr: AnyJaxpr,
-    eqns: Sequence[JaxprEqn],
+    eqns: Sequence[Eqn],
     outvars: Sequence[Any],
     *,
     keep_in: Mask | None = None,
@@ -64,10 +73,12 @@ def rebuild(
         eqns=list(eqns),
         debug_info=info._replace(arg_names=names, result_paths=paths),
     )
-    return ClosedJaxpr(inner, list(values)) if closed else inner
+    if not closed:
+        return inner
+    return ClosedJaxpr(inner, list(values))  # pyright: ignore[reportCallIssue]
 
 
-def scan_counts(eqn: JaxprEqn) -> tuple[int, int] | None:
+def scan_counts(eqn: Eqn) -> tuple[int, int] | None:
     """How many constants and carries a scan has; None when it does not say."""
     params = eqn.params
     if "num_consts" in params:
@@ -79,7 +90,7 @@ def scan_counts(eqn: JaxprEqn) -> tuple[int, int] | None:
     return None
 
 
-def scan_params(eqn: JaxprEqn, keep_in: Mask, keep_out: Mask) -> dict[str, Any]:
+def scan_params(eqn: Eqn, keep_in: Mask, keep_out: Mask) -> dict[str, Any]:
     """The parameters that tell a scan's inputs apart, for those that stay."""
     params = eqn.params
     if "num_consts" in params:
@@ -99,10 +110,10 @@ def _open(choice: Any) -> bool:
     return choice is None or type(choice).__name__ == "UnspecifiedValue"
 
 
-def free_input(eqn: JaxprEqn, i: int) -> bool:
+def free_input(eqn: Eqn, i: int) -> bool:
     """Whether a jit asks nothing of its input: neither sharding nor layout."""
     return _open(eqn.params["in_shardings"][i]) and _open(eqn.params["in_layouts"][i])
 
 
-def free_output(eqn: JaxprEqn, i: int) -> bool:
+def free_output(eqn: Eqn, i: int) -> bool:
     return _open(eqn.params["out_shardings"][i]) and _open(eqn.params["out_layouts"][i])

@@ -11,15 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import Jaxpr, Literal, Var
 
-from ._jaxpr import AnyJaxpr, consts_of
+from ._jaxpr import AnyJaxpr, Atom, ClosedJaxpr, Eqn, consts_of
 from ._purity import COMMUTATIVE, PURE, PURE_CALLS, commutes
 from ._values import kind
 from ._walk import CALLS
 
 
-def likeness(eqn: JaxprEqn) -> Any:
+def likeness(eqn: Eqn) -> Any:
     """What equal equations surely share: primitive and variables. Cheap, and rarely
     shared by others, so that few equations ever need a key."""
     atoms = [None if v.__class__ is Literal else v for v in eqn.invars]
@@ -38,7 +38,7 @@ class Numbers:
         # Classes whose values are keys as they are.
         self.opaque: set[type] = set()
 
-    def key(self, eqn: JaxprEqn, name: Callable[[Var], Any]) -> Any:
+    def key(self, eqn: Eqn, name: Callable[[Var], Any]) -> Any:
         """What makes two equations one; None if this one stands for itself."""
         primitive, params = eqn.primitive, eqn.params
         if eqn.effects:
@@ -83,13 +83,13 @@ class Numbers:
             return (int, int(value))
         if isinstance(value, (np.ndarray, np.generic)):
             return (np.ndarray, value.shape, value.dtype, value.tobytes())
-        if isinstance(value, (ClosedJaxpr, Jaxpr)):
+        if isinstance(value, Jaxpr) or isinstance(value, ClosedJaxpr):
             number = self.number(value)
             return (cls, id(value)) if number is None else (Jaxpr, number)
         self.opaque.add(cls)
         return (cls, value)
 
-    def _mergeable(self, eqn: JaxprEqn) -> bool:
+    def _mergeable(self, eqn: Eqn) -> bool:
         if any(eqn.params.get("donated_invars", ())):
             return False
         for name in CALLS[eqn.primitive]:
@@ -122,7 +122,7 @@ class Numbers:
         return (avals, consts, tuple(body), outs)
 
 
-def _literal(atom: Literal) -> Any:
+def _literal(atom: Atom) -> Any:
     if kind(atom.aval.dtype) == "other":
         return (Literal, id(atom))
     value = np.asarray(atom.val, dtype=atom.aval.dtype)

@@ -2,11 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-from jax.extend.core import ClosedJaxpr
-
 from . import _algebra, _constant_fold, _copies, _cse
 from ._dce import Dce
-from ._jaxpr import AnyJaxpr
+from ._jaxpr import AnyJaxpr, ClosedJaxpr
 from ._walk import Walk
 
 # Each entry makes a pass that remembers what it has done, for one optimisation.

@@ -1,7 +1,8 @@
 """Which equations may be computed once instead of twice, or now instead of later."""
 
-from jax.extend.core import JaxprEqn, primitives
+from jax.extend.core import primitives
 
+from ._jaxpr import Eqn
 from ._values import kind
 from ._walk import CALLS
 
@@ -48,7 +49,7 @@ _EXACT = {
 COMMUTATIVE = _ANY_KIND | _REAL | _EXACT
 
 
-def commutes(eqn: JaxprEqn) -> bool:
+def commutes(eqn: Eqn) -> bool:
     """Whether the operands may be swapped without changing the result.
 
     Not `max` and `min` of floats (of 0.0 and -0.0 either may come out), nor a

@@ -8,21 +8,21 @@ look at types: an atom of another type than the output is refused by the pass.
 from collections.abc import Callable
 
 import numpy as np
-from jax.extend.core import JaxprEqn, Literal, Var
+from jax.extend.core import Literal, Var
 
+from ._jaxpr import Atom, Eqn
 from ._values import kind, literal_value, splat_value
-from ._walk import Atom
 
-Defs = dict[Var, JaxprEqn]
-Answer = Atom | JaxprEqn | None
-Rule = Callable[[JaxprEqn, Defs], Answer]
+Defs = dict[Var, Eqn]
+Answer = Atom | Eqn | None
+Rule = Callable[[Eqn, Defs], Answer]
 
 
-def kind_of(eqn: JaxprEqn) -> str:
+def kind_of(eqn: Eqn) -> str:
     return kind(eqn.outvars[0].aval.dtype)
 
 
-def producer(eqn: JaxprEqn, defs: Defs, primitive: object) -> JaxprEqn | None:
+def producer(eqn: Eqn, defs: Defs, primitive: object) -> Eqn | None:
     """The equation that made the first operand, if it is one of `primitive`.
 
     Both must have been traced in one context: an operation to be done elsewhere
@@ -35,13 +35,13 @@ def producer(eqn: JaxprEqn, defs: Defs, primitive: object) -> JaxprEqn | None:
     return inner
 
 
-def twice(eqn: JaxprEqn, defs: Defs) -> Answer:
+def twice(eqn: Eqn, defs: Defs) -> Answer:
     """For what undoes itself."""
     inner = producer(eqn, defs, eqn.primitive)
     return None if inner is None else inner.invars[0]
 
 
-def beside(eqn: JaxprEqn, defs: Defs, test: Callable[[np.ndarray], bool]) -> Answer:
+def beside(eqn: Eqn, defs: Defs, test: Callable[[np.ndarray], bool]) -> Answer:
     """The operand beside one whose every element passes `test`."""
     x, y = eqn.invars
     if y.__class__ is Literal or y in defs:
@@ -55,7 +55,7 @@ def beside(eqn: JaxprEqn, defs: Defs, test: Callable[[np.ndarray], bool]) -> Ans
     return None
 
 
-def constant(eqn: JaxprEqn, defs: Defs) -> bool:
+def constant(eqn: Eqn, defs: Defs) -> bool:
     """Whether an operand may be seen to be constant, told at a glance."""
     for v in eqn.invars:
         if v.__class__ is Literal or v in defs:

@@ -1,8 +1,9 @@
 """Identities of arithmetic."""
 
 import numpy as np
-from jax.extend.core import JaxprEqn, primitives
+from jax.extend.core import primitives
 
+from ._jaxpr import Eqn
 from ._rules import (
     Answer,
     Defs,
@@ -21,7 +22,7 @@ _NATIVE = {np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)}
 
 
 def _is_plus_zero(value: np.ndarray) -> bool:
-    parts = (value.real, value.imag) if value.dtype.kind == "c" else (value,)
+    parts = (np.real(value), np.imag(value)) if value.dtype.kind == "c" else (value,)
     return all(bool(p == 0) and not np.signbit(p) for p in parts)
 
 
@@ -29,7 +30,7 @@ def _is_minus_zero(value: np.ndarray) -> bool:
     return bool(value == 0) and bool(np.signbit(value))
 
 
-def _add(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _add(eqn: Eqn, defs: Defs) -> Answer:
     if not constant(eqn, defs):
         return None
     if kind_of(eqn) == "int":
@@ -38,7 +39,7 @@ def _add(eqn: JaxprEqn, defs: Defs) -> Answer:
     return beside(eqn, defs, _is_minus_zero) if kind_of(eqn) == "float" else None
 
 
-def _sub(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _sub(eqn: Eqn, defs: Defs) -> Answer:
     x, y = eqn.invars
     if x is y and kind_of(eqn) == "int":
         return make_splat(0, eqn)
@@ -48,7 +49,7 @@ def _sub(eqn: JaxprEqn, defs: Defs) -> Answer:
     return x
 
 
-def _mul(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _mul(eqn: Eqn, defs: Defs) -> Answer:
     if not constant(eqn, defs):
         return None
     if kind_of(eqn) not in ("int", "float"):
@@ -60,7 +61,7 @@ def _mul(eqn: JaxprEqn, defs: Defs) -> Answer:
     return None
 
 
-def _div(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _div(eqn: Eqn, defs: Defs) -> Answer:
     x, y = eqn.invars
     value = splat_value(y, defs)
     if value is None or not is_one(value) or kind_of(eqn) not in ("int", "float"):
@@ -68,18 +69,18 @@ def _div(eqn: JaxprEqn, defs: Defs) -> Answer:
     return x
 
 
-def _integer_pow(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _integer_pow(eqn: Eqn, defs: Defs) -> Answer:
     return eqn.invars[0] if eqn.params["y"] == 1 else None
 
 
-def _neg(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _neg(eqn: Eqn, defs: Defs) -> Answer:
     # A bfloat16 is negated as a float32, and comes back with one NaN for all.
     exact = kind_of(eqn) != "float" or eqn.outvars[0].aval.dtype in _NATIVE
     return twice(eqn, defs) if exact else None
 
 
 def _part(position: int) -> Rule:
-    def rule(eqn: JaxprEqn, defs: Defs) -> Answer:
+    def rule(eqn: Eqn, defs: Defs) -> Answer:
         inner = producer(eqn, defs, primitives.complex_p)
         return None if inner is None else inner.invars[position]
 

@@ -1,18 +1,19 @@
 """Identities of logic, bits, order and selection."""
 
 import numpy as np
-from jax.extend.core import JaxprEqn, Literal, primitives
+from jax.extend.core import Literal, primitives
 
+from ._jaxpr import Eqn
 from ._rules import Answer, Defs, Rule, beside, is_zero, kind_of, same, twice
 from ._values import kind, make_splat, splat_value
 
 
 def _is_ones(value: np.ndarray) -> bool:
     """All bits set."""
-    return bool(value) if value.dtype == bool else bool(~value == 0)
+    return bool(value) if value.dtype == bool else bool(np.invert(value) == 0)
 
 
-def _and(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _and(eqn: Eqn, defs: Defs) -> Answer:
     x, y = eqn.invars
     if same(x, y):
         return x
@@ -21,32 +22,32 @@ def _and(eqn: JaxprEqn, defs: Defs) -> Answer:
     return beside(eqn, defs, _is_ones)
 
 
-def _or(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _or(eqn: Eqn, defs: Defs) -> Answer:
     x, y = eqn.invars
     if same(x, y):
         return x
     if beside(eqn, defs, _is_ones) is not None:
-        return make_splat(~np.zeros((), eqn.outvars[0].aval.dtype), eqn)
+        return make_splat(np.invert(np.zeros((), eqn.outvars[0].aval.dtype)), eqn)
     return beside(eqn, defs, is_zero)
 
 
-def _xor(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _xor(eqn: Eqn, defs: Defs) -> Answer:
     x, y = eqn.invars
     return make_splat(0, eqn) if same(x, y) else beside(eqn, defs, is_zero)
 
 
-def _shift(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _shift(eqn: Eqn, defs: Defs) -> Answer:
     value = splat_value(eqn.invars[1], defs)
     return eqn.invars[0] if value is not None and is_zero(value) else None
 
 
-def _extremum(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _extremum(eqn: Eqn, defs: Defs) -> Answer:
     # Of two NaNs either may come out: integers and booleans only.
     x, y = eqn.invars
     return x if kind_of(eqn) in ("int", "bool") and same(x, y) else None
 
 
-def _select(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _select(eqn: Eqn, defs: Defs) -> Answer:
     which, *cases = eqn.invars
     if all(same(cases[0], case) for case in cases[1:]):
         return cases[0]

@@ -1,24 +1,25 @@
 """Identities of shape: what only moves elements, and moves them nowhere."""
 
-from jax.extend.core import JaxprEqn, primitives
+from jax.extend.core import primitives
 
+from ._jaxpr import Eqn
 from ._rules import Answer, Defs, Rule, producer
 from ._values import plain
 
 _RESHAPES = (primitives.reshape_p, primitives.squeeze_p, primitives.broadcast_in_dim_p)
 
 
-def _same_shape(eqn: JaxprEqn) -> bool:
+def _same_shape(eqn: Eqn) -> bool:
     return eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape
 
 
-def _plain(eqn: JaxprEqn, inner: JaxprEqn) -> bool:
+def _plain(eqn: Eqn, inner: Eqn) -> bool:
     """Whether two equations may become one: on a mesh each may have its sharding."""
     out, source = eqn.outvars[0].aval, inner.invars[0].aval
     return plain(out) and plain(source) and out.weak_type == source.weak_type
 
 
-def _transpose(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _transpose(eqn: Eqn, defs: Defs) -> Answer:
     order = eqn.params["permutation"]
     if tuple(order) == tuple(range(len(order))):
         return eqn.invars[0]
@@ -31,7 +32,7 @@ def _transpose(eqn: JaxprEqn, defs: Defs) -> Answer:
     )
 
 
-def _only_reshapes(eqn: JaxprEqn) -> bool:
+def _only_reshapes(eqn: Eqn) -> bool:
     """Whether `eqn` keeps every element, once and in order."""
     params = eqn.params
     if params.get("sharding") is not None or len(eqn.invars) != 1:
@@ -41,7 +42,7 @@ def _only_reshapes(eqn: JaxprEqn) -> bool:
     return eqn.invars[0].aval.size == eqn.outvars[0].aval.size
 
 
-def _reshape(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _reshape(eqn: Eqn, defs: Defs) -> Answer:
     """A chain of reshapes, squeezes and added axes is one reshape, or nothing."""
     if not _only_reshapes(eqn):
         return None
@@ -62,7 +63,7 @@ def _reshape(eqn: JaxprEqn, defs: Defs) -> Answer:
     return eqn.replace(primitive=primitives.reshape_p, invars=[source], params=params)
 
 
-def _broadcast(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _broadcast(eqn: Eqn, defs: Defs) -> Answer:
     inner = producer(eqn, defs, eqn.primitive)
     if inner is None or len(inner.invars) != 1 or not _plain(eqn, inner):
         return _reshape(eqn, defs)
@@ -75,11 +76,11 @@ def _broadcast(eqn: JaxprEqn, defs: Defs) -> Answer:
     )
 
 
-def noop_reshape(eqn: JaxprEqn, defs: Defs) -> Answer:
+def noop_reshape(eqn: Eqn, defs: Defs) -> Answer:
     return eqn.invars[0] if _only_reshapes(eqn) and _same_shape(eqn) else None
 
 
-def _reduce_sum(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _reduce_sum(eqn: Eqn, defs: Defs) -> Answer:
     """The sum over axes of size one: no addition happens, -0.0 stays -0.0."""
     (x,), params = eqn.invars, eqn.params
     if any(x.aval.shape[axis] != 1 for axis in params["axes"]):
@@ -92,36 +93,36 @@ def _reduce_sum(eqn: JaxprEqn, defs: Defs) -> Answer:
     return eqn.replace(primitive=primitives.squeeze_p, params={"dimensions": axes})
 
 
-def _slice(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _slice(eqn: Eqn, defs: Defs) -> Answer:
     strides = eqn.params["strides"]
     if strides is not None and any(s != 1 for s in strides):
         return None
     return eqn.invars[0] if _same_shape(eqn) else None
 
 
-def _pad(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _pad(eqn: Eqn, defs: Defs) -> Answer:
     # A negative and a positive edge may cancel in the shape, never in the values.
     nothing = all(tuple(p) == (0, 0, 0) for p in eqn.params["padding_config"])
     return eqn.invars[0] if nothing else None
 
 
-def _dynamic_slice(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _dynamic_slice(eqn: Eqn, defs: Defs) -> Answer:
     # XLA clamps the start so that the slice fits: a whole slice starts at zero.
     return eqn.invars[0] if _same_shape(eqn) else None
 
 
-def _dynamic_update_slice(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _dynamic_update_slice(eqn: Eqn, defs: Defs) -> Answer:
     operand, update = eqn.invars[:2]
     return update if operand.aval.shape == update.aval.shape else None
 
 
-def _rev(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _rev(eqn: Eqn, defs: Defs) -> Answer:
     shape = eqn.invars[0].aval.shape
     turned = any(shape[d] != 1 for d in eqn.params["dimensions"])
     return None if turned else eqn.invars[0]
 
 
-def _concatenate(eqn: JaxprEqn, defs: Defs) -> Answer:
+def _concatenate(eqn: Eqn, defs: Defs) -> Answer:
     return eqn.invars[0] if len(eqn.invars) == 1 else None
 
 

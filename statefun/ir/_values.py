@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import ShapedArray
-from jax.extend.core import JaxprEqn, Literal, Var, primitives
+from jax.extend.core import Literal, Var, primitives
 
-from ._walk import Atom
+from ._jaxpr import Atom, Eqn
 
 
 @functools.cache
@@ -23,7 +23,7 @@ def kind(dtype: Any) -> str:
         ("float", np.floating),
         ("complex", np.complexfloating),
     ):
-        if jax.dtypes.issubdtype(dtype, parent):
+        if jax.numpy.issubdtype(dtype, parent):
             return name
     return "other"
 
@@ -35,7 +35,7 @@ def literal_value(atom: Atom) -> np.ndarray | None:
     return np.asarray(atom.val, dtype=atom.aval.dtype)
 
 
-def splat_value(atom: Atom, defs: dict[Var, JaxprEqn]) -> np.ndarray | None:
+def splat_value(atom: Atom, defs: dict[Var, Eqn]) -> np.ndarray | None:
     """The scalar that every element of `atom` holds, where that can be seen."""
     if atom.__class__ is Literal:
         return literal_value(atom)
@@ -72,7 +72,7 @@ def make_literal(value: Any, aval: Any) -> Literal | None:
     return Literal(scalar, aval) if back.tobytes() == value.tobytes() else None
 
 
-def make_splat(value: Any, eqn: JaxprEqn) -> Literal | JaxprEqn | None:
+def make_splat(value: Any, eqn: Eqn) -> Literal | Eqn | None:
     """What yields `value` in every element of `eqn`'s output: a literal or `eqn'`."""
     (out,) = eqn.outvars
     if not plain(out.aval):

@@ -17,13 +17,12 @@ from collections.abc import Callable
 from typing import Any
 
 from jax.core import ShapedArray
-from jax.extend.core import JaxprEqn, Literal, Var, primitives
+from jax.extend.core import Literal, Var, primitives
 
-from ._jaxpr import AnyJaxpr, rebuild
+from ._jaxpr import AnyJaxpr, Atom, Eqn, rebuild
 
-Atom = Var | Literal
 Env = dict[Var, Atom]
-Visit = Callable[[JaxprEqn, Env], JaxprEqn | None]
+Visit = Callable[[Eqn, Env], Eqn | None]
 Rewrite = Callable[[AnyJaxpr, "Walk"], AnyJaxpr]
 
 # Primitive -> the parameters that hold its jaxprs (one, or a tuple of them).
@@ -64,7 +63,7 @@ class Walk:
         self.memo[id(new)] = (new, new)
         return new
 
-    def descend(self, eqn: JaxprEqn) -> JaxprEqn:
+    def descend(self, eqn: Eqn) -> Eqn:
         """`eqn` with the jaxprs inside it rewritten."""
         params = eqn.params
         for name in CALLS.get(eqn.primitive, ()):
@@ -80,7 +79,7 @@ class Walk:
         return eqn if params is eqn.params else eqn.replace(params=params)
 
 
-def substitute(eqn: JaxprEqn, env: Env) -> JaxprEqn:
+def substitute(eqn: Eqn, env: Env) -> Eqn:
     """`eqn` reading what `env` says its operands are."""
     for v in eqn.invars:
         if v.__class__ is not Literal and v in env:
@@ -115,7 +114,7 @@ def forward(jaxpr: AnyJaxpr, walk: Walk, visit: Visit) -> AnyJaxpr:
     for each of its outputs. The order of what is kept never changes.
     """
     env: Env = {}
-    eqns: list[JaxprEqn] = []
+    eqns: list[Eqn] = []
     changed = False
     for old in jaxpr.eqns:
         eqn = substitute(old, env) if env else old

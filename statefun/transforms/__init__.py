@@ -17,7 +17,14 @@ from ._ad import (
 )
 from ._branches import cond as cond
 from ._branches import switch as switch
+from ._checkify import checkify as checkify
 from ._checkpoint import filter_checkpoint as filter_checkpoint
+from ._custom import (
+    filter_custom_jvp as filter_custom_jvp,
+)
+from ._custom import (
+    filter_custom_vjp as filter_custom_vjp,
+)
 from ._grad import (
     filter_grad as filter_grad,
 )
@@ -63,4 +70,5 @@ from ._shape import (
 from ._shape import (
     filter_make_jaxpr as filter_make_jaxpr,
 )
+from ._shard_map import shard_map as shard_map
 from ._vmap import filter_vmap as filter_vmap

@@ -55,6 +55,8 @@ def filter_jvp(
 
     def run() -> tuple[Any, Any]:
         wanted = _tangents_of_states(primals, tangents)
+        if wanted is None:  # Equinox says what is wrong
+            return eqx.filter_jvp(fn, primals, tangents, **kwargs)
         opened, states = open_states(primals, lambda s: s._cell in wanted)
 
         def tangent(primal: Any, given: Any) -> Any:
@@ -79,13 +81,13 @@ def filter_jvp(
     return transaction(run)
 
 
-def _tangents_of_states(primals: Any, tangents: Any) -> set[Any]:
-    """The States in whose place there is a tangent."""
+def _tangents_of_states(primals: Any, tangents: Any) -> set[Any] | None:
+    """The States in whose place there is a tangent; None if the structures differ."""
     leaves, treedef = jtu.tree_flatten(primals)
     try:
         parts = treedef.flatten_up_to(tangents)
     except ValueError:
-        return set()  # Equinox says what is wrong
+        return None
     pairs = zip(leaves, parts, strict=True)
     return {x._cell for x, t in pairs if isinstance(x, State) and t is not None}
 

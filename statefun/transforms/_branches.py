@@ -14,7 +14,7 @@ from .._errors import StateValueError, lesson
 from .._frame import Cell, Value
 from .._program import OutTree, Program, Reference
 from .._structure import ARRAY, LEAF, Structure, leaves_of, static_key
-from ._eager import compiled_when_eager
+from ._eager import answering_for, compiled_when_eager
 from ._loops import as_arrays
 from ._thread import evaluate, note_checks, split_arrays, trace_body, values_of
 
@@ -143,6 +143,7 @@ def _switch(index: Any, branches: tuple[Callable, ...], operands: tuple) -> Any:
 _NO_OPERAND: Any = object()
 
 
+@answering_for(_cond)
 def cond(
     pred: Any,
     true_fun: Callable[..., Any],
@@ -188,6 +189,7 @@ def cond(
     return _cond(as_arrays(pred), true_fun, false_fun, as_arrays(operands))
 
 
+@answering_for(_switch)
 def switch(
     index: Any,
     branches: Sequence[Callable[..., Any]],

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from .. import _call
 from .._call import Caller
 from .._compat import at_top_level
 from .._compiled import Options
@@ -23,7 +24,7 @@ def compiled_when_eager(twin: F) -> F:
     So does this: the twin itself is run as a jitted function, with the bodies among its
     static arguments. At most 128 traces are kept for each twin.
     """
-    caller = Caller(twin, Options(name=twin.__name__))
+    caller = Caller(twin, Options(name=twin.__name__.lstrip("_")))
 
     @functools.wraps(twin)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -31,4 +32,17 @@ def compiled_when_eager(twin: F) -> F:
             return caller.run(args, kwargs)
         return transaction(lambda: twin(*args, **kwargs))
 
+    call._caller = caller  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
+
+
+def answering_for(run: Callable[..., Any]) -> Callable[[F], F]:
+    """Lets a public twin say why the one that it runs was traced: `sf.scan.retraces()`."""
+    caller = run._caller  # type: ignore[attr-defined]
+
+    def answer(twin: F) -> F:
+        twin._caller = caller  # type: ignore[attr-defined]
+        twin.retraces = lambda: _call.observer.history(caller)  # type: ignore[attr-defined]
+        return twin
+
+    return answer

@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, Literal, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, overload
 
-from .._call import AheadOfTime
+from jax.experimental.checkify import user_checks
+
+from .._call import AheadOfTime, Fast
 from .._function import StatefulFunction
+from ._checkify import checkify as checkified
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -16,7 +19,7 @@ Donate = Literal["all", "all-except-first", "warn", "warn-except-first", "none"]
 _DONATE = ("all", "all-except-first", "warn", "warn-except-first", "none")
 
 
-class Jitted(Generic[P, R]):
+class Jitted(Fast, Generic[P, R]):
     """What [`statefun.filter_jit`][] returns: call it like the function.
 
     **Attributes:**
@@ -31,11 +34,11 @@ class Jitted(Generic[P, R]):
     def __init__(self, stateful_function: StatefulFunction[P, R]):
         self.stateful_function = stateful_function
         self._caller = stateful_function._caller
-        self._run = self._caller.run
         functools.update_wrapper(self, stateful_function.fun, updated=())
 
-    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self._run(args, kwargs)
+    if TYPE_CHECKING:
+
+        def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
@@ -54,6 +57,13 @@ class Jitted(Generic[P, R]):
     def eval_shape(self, /, *args: P.args, **kwargs: P.kwargs) -> Any:
         """The result, with a `jax.ShapeDtypeStruct` for every array. Runs nothing."""
         return self.stateful_function.get_out_shapes(*args, **kwargs)[0]
+
+    def retraces(self) -> list[Any]:
+        """Why the function was traced: the newest 100 times, oldest first.
+
+        **Returns:** a list of [`statefun.Retrace`][].
+        """
+        return self.stateful_function.retraces()
 
     def clear_cache(self) -> None:
         """Forgets everything traced and compiled."""
@@ -135,6 +145,7 @@ def filter_jit(
     name: str | None = None,
     in_shardings: Any = None,
     out_shardings: Any = None,
+    checkify: bool | frozenset = False,
 ) -> Callable[[Callable[P, R]], Jitted[P, R]]: ...
 
 
@@ -150,6 +161,7 @@ def filter_jit(
     name: str | None = None,
     in_shardings: Any = None,
     out_shardings: Any = None,
+    checkify: bool | frozenset = False,
 ) -> Jitted[P, R]: ...
 
 
@@ -164,6 +176,7 @@ def filter_jit(
     name: str | None = None,
     in_shardings: Any = None,
     out_shardings: Any = None,
+    checkify: bool | frozenset = False,
 ) -> Any:
     """As `equinox.filter_jit`, for functions that read and write States.
 
@@ -196,6 +209,9 @@ def filter_jit(
     - `name`: what the compiled program is called.
     - `in_shardings`, `out_shardings`: as in `jax.jit`, for the positional arguments and
         the result: a sharding, or a tree of them that stands above the arrays.
+    - `checkify`: True, or a set of kinds of error as in `jax.experimental.checkify`: a
+        `checkify.check` in the function that fails raises, and no State is written. The
+        call waits for the checks.
 
     **Returns:** a [`statefun.Jitted`][] function.
 
@@ -222,6 +238,13 @@ def filter_jit(
         Another thread may write a State during a call that reads and writes it. The call
         then runs again, on the new values, so both are counted. A function with side
         effects (`jax.debug.print`, …) is not run twice: there, the last writer wins.
+
+    !!! warning
+
+        Which State a name means (a global, an attribute, a closed-over variable) is
+        looked up when the function is traced. If the name is bound to another State
+        while the old one is still in use elsewhere, the function keeps using the old
+        one: pass the module that holds the State as an argument, or call `clear_cache`.
     """
     if donate not in _DONATE:
         raise ValueError(f"`donate` is {donate!r}, but should be one of {_DONATE}.")
@@ -236,9 +259,11 @@ def filter_jit(
             name=name,
             in_shardings=in_shardings,
             out_shardings=out_shardings,
+            checkify=checkify,
         )
+    errors = user_checks if checkify is True else checkify
     stateful = StatefulFunction(
-        fun,
+        fun if errors is False else checkified(fun, errors),
         static_argnums,
         static_argnames,
         name=name,
@@ -249,5 +274,6 @@ def filter_jit(
         donate_states=donate_states,
         in_shardings=in_shardings,
         out_shardings=out_shardings,
+        checked=errors is not False,
     )
     return Jitted(stateful)

@@ -17,7 +17,7 @@ from .._errors import StateTraceError, lesson
 from .._frame import Cell, Value
 from .._program import Program
 from .._structure import static_key, treedef_key
-from ._eager import compiled_when_eager
+from ._eager import answering_for, compiled_when_eager
 from ._progress import with_progress
 from ._thread import (
     evaluate,
@@ -57,9 +57,8 @@ class Carry:
         """Weakly typed inputs take the type that the body returns, as in `jax.lax`."""
         changed = False
         for i, (a, b) in enumerate(zip(given, returned, strict=True)):
-            weak = getattr(a, "weak_type", False)
-            if weak and (a.dtype, True) != (b.dtype, getattr(b, "weak_type", False)):
-                if jnp.promote_types(a.dtype, b.dtype) == b.dtype or a.dtype == b.dtype:
+            if getattr(a, "weak_type", False) and a.dtype != b.dtype:
+                if jnp.promote_types(a.dtype, b.dtype) == b.dtype:
                     self.arrays[i] = lax.convert_element_type(self.arrays[i], b.dtype)
                     changed = True
         return changed
@@ -209,6 +208,7 @@ def _scan(
     return loop.finish(final, ys)
 
 
+@answering_for(_scan)
 def scan(
     f: Callable[[Any, Any], tuple[Any, Any]],
     init: Any,
@@ -370,6 +370,7 @@ def _index_type(lower: Any, upper: Any) -> Any:
     return seen[0]
 
 
+@answering_for(_fori_loop)
 def fori_loop(
     lower: Any,
     upper: Any,
@@ -435,6 +436,7 @@ def _while_loop(cond_fun: Callable, body_fun: Callable, init_val: Any) -> Any:
     return loop.finish(final)[0]
 
 
+@answering_for(_while_loop)
 def while_loop(
     cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], init_val: Any
 ) -> Any:

@@ -46,7 +46,7 @@ def filter_eval_shape(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     """
 
     def inner(*args: Any, **kwargs: Any) -> Any:
-        return threaded(lambda: fun(*args, **kwargs), makes_jaxpr=True)[0]
+        return threaded(lambda: fun(*args, **kwargs), keeps=True)[0]
 
     return transaction(lambda: unpack(eqx.filter_eval_shape(inner, *args, **kwargs)))
 
@@ -60,7 +60,7 @@ class _MakeJaxpr(Wrapper):
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         def inner(*args: Any, **kwargs: Any) -> Any:
-            return threaded(lambda: self._fun(*args, **kwargs), makes_jaxpr=True)[0]
+            return threaded(lambda: self._fun(*args, **kwargs), keeps=True)[0]
 
         return transaction(lambda: eqx.filter_make_jaxpr(inner)(*args, **kwargs))
 

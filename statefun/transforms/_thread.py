@@ -72,8 +72,9 @@ class Written(eqx.Module):
 def threaded(
     run: Callable[[], Any],
     inside: Mapping[Cell, Value] | None = None,
-    makes_jaxpr: bool = False,
+    keeps: bool = False,
     view: Callable[[Cell, Value], Value] | None = None,
+    sealed: bool = False,
 ) -> tuple[Any, Written]:
     """Runs a function inside a JAX transform.
 
@@ -81,11 +82,11 @@ def threaded(
 
     - `run`: the user's function with its arguments.
     - `inside`: what States hold in there, where it differs from outside.
-    - `makes_jaxpr`, `view`: see `_frame.Overlay`.
+    - `keeps`, `view`, `sealed`: see `_frame.Overlay`.
 
     **Returns:** the result, its new States packed, and what was written.
     """
-    with Overlay(inside, makes_jaxpr, view) as frame:
+    with Overlay(inside, keeps, view, sealed) as frame:
         out = run()
         refuse_bare_state(out, "returned")
         out = pack(out, frame.created)
@@ -168,6 +169,38 @@ def values_at(tree: Any) -> Any:
 def only_states(tree: Any) -> Any:
     """The tree with None in place of every leaf that is no State."""
     return jtu.tree_map(lambda x: x if isinstance(x, State) else None, tree)
+
+
+class Lanes:
+    """Shared States that hold another value in every lane, and go on after it.
+
+    See `State._in_lane`. Lane `index()` of `size`; a single lane is like none.
+    """
+
+    def __init__(self, size: int, index: Callable[[], Any]):
+        self._size = size
+        self._index = index
+        self._split: dict[Cell, None] = {}
+
+    def view(self, cell: Cell, value: Value) -> Value:
+        in_lane = cell.kind._in_lane
+        if in_lane is None or self._size == 1:
+            return value
+        self._split[cell] = None
+        flat, structure = value
+        return in_lane(flat, structure, self._index(), self._size), structure
+
+    def take_out(self, written: Written) -> tuple[Written, list[Cell]]:
+        """What was written less these States, and those of them that were written."""
+        mine = [cell for cell in written.cells if cell in self._split]
+        return written.without(mine), mine
+
+    def advance(self, cells: Iterable[Cell]) -> None:
+        """Writes what the States hold after the lanes."""
+        for cell in cells:
+            after = cell.kind._after_lanes
+            flat, structure = _frame.read(cell)
+            _frame.write({cell: (after(flat, structure, self._size), structure)})
 
 
 # -- by program ---------------------------------------------------------------------

@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import equinox as eqx
+import jax.tree_util as jtu
+import numpy as np
 from jax import lax
 
 from .. import _compat, _frame
@@ -16,11 +18,10 @@ from .._frame import Cell, Value
 from .._program import unpack
 from .._structure import flat_of, leaves_of
 from ._state_axes import reachable, rule
-from ._thread import Wrapper, Written, threaded, transaction
+from ._thread import Lanes, Wrapper, Written, threaded, transaction
 
-
-class _Axis:
-    """The name of an axis that was given none."""
+# `eqx.if_array` makes a rule that looks at each leaf; one is enough.
+_ARRAYS_ALONG_0 = eqx.if_array(0)
 
 
 class _Vmap(Wrapper):
@@ -41,9 +42,6 @@ class _Vmap(Wrapper):
 
     def _run(self, args: tuple, kwargs: dict) -> Any:
         axis_of = rule(self._state_axes, lambda axis: isinstance(axis, int))
-        name = self._axis_name
-        if name is None and self._state_axes is not None:
-            name = _Axis()
         mapped: dict[Cell, int] = {}
         if self._state_axes is not None:
             for cell, state in reachable(
@@ -53,21 +51,25 @@ class _Vmap(Wrapper):
                 if axis is not None:
                     mapped[cell] = axis
         values = {cell: _frame.read(cell) for cell in mapped}
+        pieces = [flat for flat, _ in values.values()]
+        in_axes, kw_axes = self._axes(args, kwargs)
+        axes_in = list(mapped.values()), in_axes, kw_axes
+        size = self._axis_size or _size((pieces, args, kwargs), axes_in)
+        number: list[Any] = []  # of the lane
+        lanes = Lanes(size or 1, lambda: number[0])
 
         def lane(cell: Cell, value: Value) -> Value:
-            """The piece of a State that was not known to be touched."""
-            state = None if cell.handle is None else cell.handle()
-            axis = None if state is None else axis_of(state)
+            """What a lane sees of a State that was not known to be touched."""
+            axis = axis_for(cell)
             if axis is None:
-                return value
+                return lanes.view(cell, value)
             mapped[cell] = axis
-            here = lax.axis_index(name)
             flat, structure = value
-            pieces = [
-                lax.dynamic_index_in_dim(x, here, axis, keepdims=False)
+            cut = [
+                lax.dynamic_index_in_dim(x, number[0], axis, keepdims=False)
                 for x in leaves_of(flat, structure)
             ]
-            return flat_of(pieces, structure), structure
+            return flat_of(cut, structure), structure
 
         def axis_for(cell: Cell) -> int | None:
             if cell in mapped:
@@ -75,11 +77,12 @@ class _Vmap(Wrapper):
             state = None if cell.handle is None else cell.handle()
             return None if state is None else axis_of(state)
 
-        outside = _compat.trace_state()
-        seen: dict[str, Written] = {}
+        outside = _compat.current_trace()
+        seen: dict[str, Any] = {}
         axes: list[int | None] = []
 
-        def inner(pieces: list, args: tuple, kwargs: dict) -> Any:
+        def inner(lane_number: Any, pieces: list, args: tuple, kwargs: dict) -> Any:
+            number.append(lane_number)
             inside = {
                 cell: (flat, structure)
                 for (cell, (_, structure)), flat in zip(
@@ -89,30 +92,34 @@ class _Vmap(Wrapper):
             out, written = threaded(
                 lambda: self._fun(*args, **kwargs), inside, view=lane
             )
-            written = written.without(written.created)
-            seen["written"] = written
+            number.clear()  # a tracer must not outlive its trace
+            written, advanced = lanes.take_out(written.without(written.created))
             axes.extend(axis_for(cell) for cell in written.cells)
             _check_shared(written, axes, outside)
+            seen["written"] = written.with_flats([])  # no tracer outlives its trace
+            seen["advanced"] = advanced
             return out, written.flats
 
-        in_axes, kw_axes = self._axes(args, kwargs)
         vmapped = eqx.filter_vmap(
             inner,
-            in_axes=(list(mapped.values()), in_axes, kw_axes),
+            in_axes=(None if size is None else 0, *axes_in),
             # Which States are written is known when `inner` has run, and this is asked
             # after that, for one array after the other.
             out_axes=(self._out_axes, _InTurn(seen, axes)),
-            axis_name=name,
+            axis_name=self._axis_name,
             axis_size=self._axis_size,
             **self._vmapkwargs,
         )
-        out, flats = vmapped([flat for flat, _ in values.values()], args, kwargs)
+        # NumPy: it costs nothing where it isn't used.
+        numbers = 0 if size is None else np.arange(size, dtype=np.int32)
+        out, flats = vmapped(numbers, pieces, args, kwargs)
         seen["written"].with_flats(flats).hand_over()
+        lanes.advance(seen["advanced"])
         return unpack(out)
 
     def _axes(self, args: tuple, kwargs: dict) -> tuple[Any, Any]:
         """`in_axes` for the positional and for the keyword arguments."""
-        default = eqx.if_array(0)
+        default = _ARRAYS_ALONG_0
         if not isinstance(self._in_axes, dict):
             return self._in_axes, {name: default for name in kwargs}
         rest = dict(self._in_axes)
@@ -127,10 +134,26 @@ class _Vmap(Wrapper):
         return positional, keyword
 
 
+def _size(args: Any, axes: Any) -> int | None:
+    """The size of the mapped axis; None if nothing is mapped."""
+
+    def resolve(axis: Any, sub: Any) -> list:
+        leaves = jtu.tree_leaves(sub)
+        axes = [axis(x) if callable(axis) else axis for x in leaves]
+        return [
+            x.shape[a]
+            for x, a in zip(leaves, axes, strict=True)
+            if a is not None and eqx.is_array(x) and -x.ndim <= a < x.ndim
+        ]
+
+    sizes = jtu.tree_map(resolve, axes, args, is_leaf=lambda x: x is None)
+    return next(iter(jtu.tree_leaves(sizes)), None)
+
+
 class _InTurn:
     """An `out_axes` that gives each array of the written States the State's axis."""
 
-    def __init__(self, seen: dict[str, Written], axes: list[int | None]):
+    def __init__(self, seen: dict[str, Any], axes: list[int | None]):
         self._seen = seen
         self._axes = axes
         self._turns: Any = None
@@ -167,8 +190,8 @@ def _check_shared(written: Written, axes: list[int | None], outside: Any) -> Non
 def filter_vmap(
     fun: Callable | None = None,
     *,
-    in_axes: Any = eqx.if_array(0),
-    out_axes: Any = eqx.if_array(0),
+    in_axes: Any = _ARRAYS_ALONG_0,
+    out_axes: Any = _ARRAYS_ALONG_0,
     axis_name: Hashable = None,
     axis_size: int | None = None,
     state_axes: Any = None,

@@ -1,0 +1,351 @@
+"""Why a function had to be traced: what is different from what was traced before."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+
+from .. import _frame
+from .._args import Signature, Static
+from .._cache import Record, trace_context
+from .._call import Entry
+from .._frame import Cell, Value
+from .._state import State
+from .._structure import ARRAY, Structure, leaves_of, static_key
+from ._names import Captured, Parameters
+
+Kind = Literal[
+    "first call",
+    "argument",
+    "static",
+    "structure",
+    "state",
+    "configuration",
+    "cache full",
+    "cleared",
+    "gone",
+    "failed",
+    "tracer",
+    "sharing",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cause:
+    """One reason for a trace; `str` makes a phrase of it.
+
+    **Attributes:**
+
+    - `kind`: one of "first call", "argument" (other shape, dtype, weak type or sharding
+        of an array), "static" (other value of what is no array), "structure" (of the
+        arguments), "state", "configuration" (of jax), "cache full", "cleared", "gone" (a
+        State that was closed over), "failed" (the trace before raised), "tracer" (the
+        function closes over a value of another trace), "sharing" (of States).
+    - `where`: the path of the argument, the name of the State or of the option.
+    - `what`: what is different about it: "shape", "dtype", …
+    - `old`, `new`: as text.
+    """
+
+    kind: Kind
+    where: str = ""
+    what: str = ""
+    old: str = ""
+    new: str = ""
+
+    def __str__(self) -> str:
+        change = f" ({self.old} → {self.new})" if self.old or self.new else ""
+        where = self.where
+        if self.kind == "structure":
+            where = f" `{where}`" if where else "s"
+        return _PHRASES[self.kind].format(where=where, what=self.what) + change
+
+
+_PHRASES: dict[str, str] = {
+    "first call": "first call",
+    "argument": "other {what} of argument `{where}`",
+    "static": "other static value at `{where}`",
+    "structure": "other structure of argument{where}",
+    "state": "State `{where}` changed {what}",
+    "configuration": "other jax configuration: {where}",
+    "cache full": "cache full: this trace was dropped for newer ones",
+    "cleared": "the cache was cleared",
+    "gone": "State `{where}` is gone, which the function used",
+    "failed": "the trace before it raised",
+    "tracer": "the function closes over a value of the trace around it",
+    "sharing": "States are shared in another way among the arguments and the closure",
+}
+
+
+class Present:
+    """What a function is about to be traced for."""
+
+    def __init__(
+        self, entry: Entry, dynamic: Sequence[Any], known: Mapping[Cell, Value]
+    ):
+        self.entry = entry
+        self.known = known
+        self.avals = tuple(jax.typeof(x) for x in dynamic)
+        self.key = entry.cache_key(self.avals)
+        self.configuration = configuration()
+        self._context = trace_context()
+        self.parameters = Parameters(entry.caller.fun)
+        self._captured: Captured | None = None
+
+    def name(self, cell: Cell) -> str:
+        if cell.path:
+            return cell.path
+        if self._captured is None:
+            # What is passed may be a function, too: the body of a scan.
+            arguments = [
+                (self.parameters.path(keys), leaf)
+                for keys, leaf in _leaves_with_path(self.entry.signature)
+                if not isinstance(leaf, State)
+            ]
+            self._captured = Captured(self.entry.caller.fun, arguments)
+        return self._captured.states.get(cell) or cell.name or cell.describe()
+
+    def current(self, cell: Cell) -> Value:
+        return self.known.get(cell) or _frame.current(cell)
+
+    def differences(self, entry: Entry, record: Record, before: dict) -> list[Cause]:
+        """What is different from an earlier trace."""
+        return [
+            *self._static(entry),
+            *self._arguments(entry, record),
+            *self._states(entry, record),
+            *self._configuration(record, before),
+        ]
+
+    def _configuration(self, record: Record, before: dict) -> Iterator[Cause]:
+        causes = list(_configurations(before, self.configuration))
+        if not causes and record.context is not self._context:
+            # Something that jax keys its caches by, and gives no name.
+            causes = [Cause("configuration", "a user context, or its caches cleared")]
+        yield from causes
+
+    def _static(self, entry: Entry) -> Iterator[Cause]:
+        old, new = entry.signature, self.entry.signature
+        if old is new or entry.cache_key(()) == self.entry.cache_key(()):
+            return
+        causes = list(_compare_calls(old, new, self.parameters))
+        yield from causes or [Cause("sharing")]
+
+    def _arguments(self, entry: Entry, record: Record) -> Iterator[Cause]:
+        old = dict(
+            zip(_places(entry.signature), record.program.in_avals, strict=True)
+        )
+        new = zip(_places(self.entry.signature), self.avals, strict=True)
+        for keys, aval in new:
+            before = old.get(keys)
+            if before is not None and before != aval:
+                yield Cause(
+                    "argument", self.parameters.path(keys), *aval_change(before, aval)
+                )
+
+    def _states(self, entry: Entry, record: Record) -> Iterator[Cause]:
+        mine = {cell.path: cell for cell in self.entry.arg_cells}
+        for cell, structure, avals in record.program.reads_with_avals():
+            # The stand-ins of another entry have the same places in the arguments.
+            here = mine.get(cell.path) if cell in entry.arg_cells else cell
+            if here is None:
+                continue
+            change = state_change(self.current(here), structure, avals)
+            if change is not None:
+                name = self.name(cell)
+                if cell in entry.arg_cells:
+                    name = self._argument_name(here)
+                yield Cause("state", name, *change)
+
+    def _argument_name(self, cell: Cell) -> str:
+        signature = self.entry.signature
+        for keys, leaf in _leaves_with_path(signature):
+            if isinstance(leaf, State) and leaf._cell is cell:
+                return self.parameters.path(keys)
+        return cell.path or cell.describe()
+
+
+def configuration() -> dict[str, Any]:
+    """What of jax's configuration a trace may depend on, as far as it can be named."""
+    mesh = str(jax.sharding.get_abstract_mesh())
+    return {**jax.config.values, "the mesh": mesh}
+
+
+def _configurations(before: dict, now: dict) -> Iterator[Cause]:
+    for name, value in now.items():
+        old = before.get(name)
+        if old is not value and old != value:
+            yield Cause("configuration", name, "value", text(old), text(value))
+
+
+# -- arrays and States --------------------------------------------------------------
+
+
+def aval_text(aval: Any) -> str:
+    shape = ",".join(map(str, getattr(aval, "shape", ())))
+    return f"{getattr(aval, 'dtype', aval)}[{shape}]"
+
+
+def aval_change(old: Any, new: Any) -> tuple[str, str, str]:
+    """What is different, and both as text."""
+    what = [part for part in ("shape", "dtype") if getattr(old, part) != getattr(new, part)]
+    if what:
+        return " and ".join(what), aval_text(old), aval_text(new)
+    weak = ["weak" if getattr(a, "weak_type", False) else "strong" for a in (old, new)]
+    if weak[0] != weak[1]:
+        return "weak type", *(f"{w} {aval_text(new)}" for w in weak)
+    return "sharding", *(text(getattr(a, "sharding", a)) for a in (old, new))
+
+
+def state_change(
+    value: Value, structure: Structure, avals: tuple
+) -> tuple[str, str, str] | None:
+    """What is different about a State's value; None if nothing is."""
+    flat, present = value
+    if flat is _frame.UNSET:
+        return None
+    if present is not structure:
+        trees = [s.treedef.unflatten(s.statics) for s in (structure, present)]
+        for cause in _compare(*trees, ""):
+            return f"structure{_at(cause.where)}", cause.old, cause.new
+        return "structure", text(structure.treedef), text(present.treedef)
+    now = [jax.typeof(x) for x in leaves_of(flat, structure)]
+    for path, new, old in zip(structure.paths(), now, avals, strict=True):
+        if new != old:
+            what, *both = aval_change(old, new)
+            return f"{what}{_at(path)}", *both
+    return None
+
+
+def _at(path: str) -> str:
+    return f" at `{path}`" if path else ""
+
+
+# -- what is static -----------------------------------------------------------------
+
+
+def _leaves_with_path(signature: Signature) -> list[tuple[tuple, Any]]:
+    tree = signature.treedef.unflatten(range(len(signature.leaves)))
+    return [(keys, signature.leaves[i]) for keys, i in jtu.tree_leaves_with_path(tree)]
+
+
+def _places(signature: Signature) -> list[tuple]:
+    """The places of the arrays."""
+    return [keys for keys, leaf in _leaves_with_path(signature) if leaf is ARRAY]
+
+
+def _compare_calls(
+    old: Signature, new: Signature, parameters: Parameters
+) -> Iterator[Cause]:
+    old_args, old_kwargs = old.treedef.unflatten(old.leaves)
+    new_args, new_kwargs = new.treedef.unflatten(new.leaves)
+    for i, (a, b) in enumerate(zip(old_args, new_args, strict=False)):
+        yield from _compare(a, b, parameters.positional(i))
+    for name in old_kwargs.keys() & new_kwargs.keys():
+        yield from _compare(old_kwargs[name], new_kwargs[name], name)
+    given = [
+        [parameters.positional(i) for i in range(len(args))] + sorted(kwargs)
+        for args, kwargs in ((old_args, old_kwargs), (new_args, new_kwargs))
+    ]
+    if given[0] != given[1] or len(old_args) != len(new_args):
+        texts = [", ".join(names) or "none" for names in given]
+        if texts[0] == texts[1]:  # the same ones, but by position or by name
+            texts = [f"{len(a)} by position" for a in (old_args, new_args)]
+        yield Cause("structure", "", "structure", *texts)
+
+
+def _compare(a: Any, b: Any, path: str) -> Iterator[Cause]:
+    """Where two trees differ in what is static."""
+    a, b = (x.value if type(x) is Static else x for x in (a, b))
+    if a is b:
+        return
+    if type(a) is not type(b) and not (_is_leaf(a) and _is_leaf(b)):
+        yield Cause("structure", path, "structure", _kind(a), _kind(b))
+    elif isinstance(a, State):
+        if type(a) is not type(b):
+            yield Cause("structure", path, "structure", _kind(a), _kind(b))
+    elif ARRAY in (a, b) if _is_leaf(a) else False:
+        yield Cause("structure", path, "structure", _kind(a), _kind(b))
+    elif type(a) is type(b) and dataclasses.is_dataclass(a):
+        # The configuration that users pass: its fields say more than its repr. Of a
+        # module only the static fields are looked at here, the others are its children.
+        module = not _is_leaf(a)
+        for field in dataclasses.fields(a):
+            if not module or field.metadata.get("static", False):
+                yield from _compare(
+                    *(getattr(x, field.name, None) for x in (a, b)),
+                    f"{path}.{field.name}",
+                )
+        if module:
+            yield from _compare_children(a, b, path)
+    elif _is_leaf(a):
+        if not _same(a, b):
+            yield Cause("static", path, "value", *_both(a, b))
+    else:
+        yield from _compare_children(a, b, path)
+
+
+def _compare_children(a: Any, b: Any, path: str) -> Iterator[Cause]:
+    ours, theirs = _children(a), _children(b)
+    if ours.keys() != theirs.keys():
+        sizes = [f"{_kind(x)} of {len(c)}" for x, c in ((a, ours), (b, theirs))]
+        if sizes[0] == sizes[1]:
+            sizes = [", ".join(c) for c in (ours, theirs)]
+        yield Cause("structure", path, "structure", *map(shorten, sizes))
+        return
+    for key in ours:
+        yield from _compare(ours[key], theirs[key], path + key)
+
+
+def _is_leaf(x: Any) -> bool:
+    return x is not None and jtu.all_leaves([x])
+
+
+def _children(node: Any) -> dict[str, Any]:
+    if node is None:
+        return {}
+    level = jtu.default_registry.flatten_one_level_with_keys(node)
+    return {jtu.keystr((key,)): child for key, child in level[0]}
+
+
+def _same(a: Any, b: Any) -> bool:
+    try:
+        return bool(static_key(a) == static_key(b))
+    except Exception:  # an `==` of the user's that raises
+        return False
+
+
+def _both(a: Any, b: Any) -> tuple[str, str]:
+    old, new = text(a), text(b)
+    if old != new:
+        return old, new
+    # A lambda that is made anew for every call looks like the one before.
+    return old, f"another {type(b).__name__} that looks the same"
+
+
+def _kind(x: Any) -> str:
+    if x is ARRAY or eqx.is_array(x):
+        return "an array"
+    return text(x) if _is_leaf(x) and not isinstance(x, State) else type(x).__name__
+
+
+def text(x: Any) -> str:
+    """An object on one line."""
+    if isinstance(x, types.FunctionType):
+        code = x.__code__
+        file = code.co_filename.rpartition("/")[2]
+        return f"{x.__qualname__} at {file}:{code.co_firstlineno}"
+    try:
+        return shorten(repr(x))
+    except Exception:  # a `__repr__` of the user's that raises
+        return f"<{type(x).__name__}>"
+
+
+def shorten(shown: str, width: int = 60) -> str:
+    shown = " ".join(shown.split())
+    return shown if len(shown) <= width else shown[: width - 1] + "…"

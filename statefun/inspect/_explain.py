@@ -1,0 +1,252 @@
+"""`explain`: what a function would do, without doing it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jec
+import jax.tree_util as jtu
+
+from .._cache import Record
+from .._call import Caller, Entry
+from .._compiled import Options
+from .._frame import Cell
+from .._function import StatefulFunction, name_of
+from .._program import Program, Reference
+from .._structure import ARRAY, Structure
+from ..ir import OPTIMIZATIONS, optimize_jaxpr
+from ._boxes import box_of, count
+from ._causes import aval_text, text
+from ._names import Captured, Parameters
+from ._report import Cost, Leaf, Report, StateUse, type_of
+from ._retraces import unobserved
+
+
+def explain(
+    fn: Callable[..., Any], /, *args: Any, compile: bool = False, **kwargs: Any
+) -> Report:
+    """Says what a function does with States, arguments and memory. Runs nothing.
+
+    The function is traced for these arguments, in a cache of its own: no State changes,
+    and the function itself does not notice. (A function that is jitted and called inside
+    of it is traced as it always is, and remembers that.)
+
+    **Arguments:**
+
+    - `fn`: a jitted function, a [`statefun.StatefulFunction`][], a method of a module, or
+        any other callable that JAX can trace.
+    - `args`, `kwargs`: what it would be called with. Bind an argument that is called
+        `compile` with `functools.partial`.
+    - `compile`: whether to compile it as well, for what XLA says of its cost.
+
+    **Returns:** a [`statefun.Report`][]: print it, take `to_dict()` or `diagram()` of it.
+
+    !!! example
+
+        ```python
+        import equinox as eqx, jax, jax.numpy as jnp, statefun as sf
+
+        model = sf.Param(eqx.nn.Linear(2, 3, key=jax.random.key(0)), name="model")
+        count = sf.State(jnp.array(0), name="count")
+
+        @sf.filter_jit
+        def step(x):
+            count.value += 1
+            return model.value(x)
+
+        report = sf.explain(step, jnp.ones(2), compile=True)
+        print(report)  # a table
+        report.to_dict()["states"]
+        print(report.diagram("mermaid"))
+        ```
+    """
+    fun, options, args = _unwrapped(fn, args)
+    passes = options.ir_optimizations or OPTIMIZATIONS
+    caller = unobserved(Caller(fun, options._replace(ir_optimizations=())))
+    # Of a function that runs eagerly there would be nothing to see.
+    with jax.disable_jit(False):
+        entry, dynamic, states = caller.entry(args, kwargs)
+        record = entry.look_up(dynamic, states, trace=True)
+        assert record is not None, "a trace was asked for"
+        program = record.program
+        optimized = optimize_jaxpr(program.closed, passes)
+        cost = None
+        if compile:
+            if options.ir_optimizations:
+                # What is compiled is what the function itself would compile.
+                record.program = dataclasses.replace(program, closed=optimized)
+            cost = _cost(caller.ahead_of_time(args, kwargs).traced.lower().compile())
+    looked_at = _Traced(fun, options, entry, record, program, args, kwargs)
+    return Report(
+        name=options.name,
+        states=looked_at.states(),
+        arguments=looked_at.arguments(),
+        outputs=looked_at.outputs(),
+        constants=looked_at.constants(),
+        equations=_sorted(count(program.jaxpr)),
+        optimized=_sorted(count(optimized.jaxpr)),
+        optimizations=tuple(passes),
+        effects=tuple(sorted(map(str, program.jaxpr.effects))),
+        cost=cost,
+        box=box_of(options.name, program.closed),
+    )
+
+
+def _unwrapped(fn: Any, args: tuple) -> tuple[Any, Options, tuple]:
+    """The function underneath, how it is to be compiled, and all its arguments."""
+    bound = getattr(fn, "__self__", None)
+    function = getattr(fn, "__func__", None)
+    if bound is not None and isinstance(getattr(function, "_caller", None), Caller):
+        fn, args = function, (bound, *args)  # a jitted method
+    if not callable(fn):
+        raise TypeError(f"explain takes a function and its arguments, not {fn!r}.")
+    caller = getattr(fn, "_caller", None)
+    if isinstance(caller, Caller) and not hasattr(fn, "retraces_of"):
+        return caller.fun, caller.options, args
+    if isinstance(fn, StatefulFunction):
+        return fn.fun, fn._caller.options, args
+    return fn, Options(name=name_of(fn)), args
+
+
+class _Traced:
+    """A trace, and the names of what is in it."""
+
+    def __init__(
+        self,
+        fun: Any,
+        options: Options,
+        entry: Entry,
+        record: Record,
+        program: Program,
+        args: tuple,
+        kwargs: dict,
+    ):
+        self.options, self.entry, self.record = options, entry, record
+        self.program = program
+        self.parameters = Parameters(fun)
+        self.places = jtu.tree_leaves_with_path((args, kwargs))
+        named = [
+            (self.parameters.path(keys), leaf)
+            for keys, leaf in self.places
+            if callable(leaf)
+        ]
+        self.captured = Captured(fun, named)
+
+    # -- States --
+
+    def states(self) -> tuple[StateUse, ...]:
+        cells = self.entry._actual(self.program.order)
+        return tuple(map(self._use, self.program.order, cells))
+
+    def _use(self, cell: Cell, actual: Cell) -> StateUse:
+        program = self.program
+        read, written = cell in program.reads, cell in program.writes
+        structure = program.reads[cell] if read else program.writes[cell]
+        arrays = _leaves(structure, program.avals(cell))
+        becomes = None
+        if written:
+            new = _leaves(program.writes[cell], program.written_avals(cell))
+            if [x.type for x in new] != [x.type for x in arrays]:
+                becomes = type_of(new)
+        donates = self.options.donate_states and not self.record.may_fail
+        return StateUse(
+            path=self._path(cell, actual),
+            kind=cell.kind.__name__,
+            name=cell.name,
+            created_at=cell.where,
+            arrays=arrays,
+            becomes=becomes,
+            read=read,
+            written=written,
+            donated=donates and read and written,
+        )
+
+    def _path(self, cell: Cell, actual: Cell) -> str | None:
+        if cell in self.entry.arg_cells:
+            for keys, leaf in self.places:
+                if getattr(leaf, "_cell", None) is actual:
+                    return self.parameters.path(keys)
+        return self.captured.states.get(actual) or actual.path
+
+    # -- arrays --
+
+    def arguments(self) -> tuple[Leaf, ...]:
+        donated = set() if self.record.may_fail else set(self.entry.donated)
+        avals = iter(enumerate(self.program.in_avals))
+        found = []
+        signature = self.entry.signature
+        for (keys, _), leaf in zip(self.places, signature.leaves, strict=True):
+            path = self.parameters.path(keys)
+            if leaf is ARRAY:
+                i, aval = next(avals)
+                found.append(_leaf(path, aval, donated=i in donated))
+            elif not hasattr(leaf, "_cell") and type(leaf) is not Reference:
+                static = leaf.value if hasattr(leaf, "key") else leaf
+                found.append(Leaf(path, static=text(static)))
+        return tuple(found)
+
+    def outputs(self) -> tuple[Leaf, ...]:
+        out = self.program.out
+        tree = out.treedef.unflatten(range(len(out.leaves)))
+        avals = iter(self.program.out_avals)
+        found = []
+        for keys, i in jtu.tree_leaves_with_path(tree):
+            path, leaf = "result" + jtu.keystr(keys), out.leaves[i]
+            if leaf is ARRAY:
+                found.append(_leaf(path, next(avals)))
+            elif type(leaf) is Reference:
+                found.append(Leaf(path, static=leaf.cell.describe()))
+            else:
+                found.append(Leaf(path, static=text(leaf)))
+        return tuple(found)
+
+    def constants(self) -> tuple[Leaf, ...]:
+        consts = {id(c): c for c in _consts(self.program.closed)}
+        names = self.captured.arrays
+        return tuple(
+            _leaf(names.get(i, "(no name)"), jax.typeof(c)) for i, c in consts.items()
+        )
+
+
+def _consts(closed: Any) -> Iterable[Any]:
+    yield from getattr(closed, "consts", ())
+    for eqn in closed.eqns:
+        for sub in jec.jaxprs_in_params(eqn.params):
+            yield from _consts(sub)
+
+
+def _leaves(structure: Structure, avals: Sequence[Any]) -> tuple[Leaf, ...]:
+    return tuple(map(_leaf, structure.paths(), avals))
+
+
+def _leaf(path: str, aval: Any, donated: bool = False) -> Leaf:
+    dtype, shape = getattr(aval, "dtype", None), getattr(aval, "shape", None)
+    if dtype is None or shape is None:  # a token, a ref
+        return Leaf(path, static=aval_text(aval), donated=donated)
+    n = int(getattr(dtype, "itemsize", 0))
+    for size in shape:
+        n *= int(size)
+    return Leaf(path, tuple(map(int, shape)), str(dtype), n, donated=donated)
+
+
+def _sorted(counts: Any) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _cost(compiled: Any) -> Cost:
+    # Some backends answer with a list, or not at all.
+    costs = compiled.cost_analysis() or {}
+    if isinstance(costs, list | tuple):
+        costs = costs[0] if costs else {}
+    memory = compiled.memory_analysis()
+
+    def of(name: str) -> int | None:
+        found = getattr(memory, f"{name}_in_bytes", None)
+        return None if found is None else int(found)
+
+    parts = [of(f"{kind}_size") for kind in ("argument", "output", "temp", "alias")]
+    peak = of("peak_memory")
+    return Cost(costs.get("flops"), costs.get("bytes accessed"), *parts, peak)

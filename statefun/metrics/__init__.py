@@ -1,0 +1,9 @@
+"""Metrics that accumulate in States."""
+
+from ._library import Metric as Metric
+from ._mean import (
+    Accuracy as Accuracy,
+)
+from ._mean import (
+    Mean as Mean,
+)

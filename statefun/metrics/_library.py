@@ -1,0 +1,106 @@
+"""`Metric`: metrics of a library, accumulated in a State."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, Self
+
+import equinox as eqx
+import jax.tree_util as jtu
+
+from .._state import State
+from ..optim._promotion import library_promotion
+
+
+class LibraryMetric(Protocol):
+    """What `Metric` needs of a library: pytrees that can be merged.
+
+    Metrics of metrax and of clu are like this.
+    """
+
+    @classmethod
+    def empty(cls) -> Self: ...
+
+    @classmethod
+    def from_model_output(cls, *args: Any, **kwargs: Any) -> Self: ...
+
+    def merge(self, other: Self) -> Self: ...
+
+    def compute(self) -> Any: ...
+
+
+class Metric(eqx.Module):
+    """A metric of a library, whose accumulators are the value of a State.
+
+    **Arguments:**
+
+    - `kind`: a class with `empty`, `from_model_output`, `merge` and `compute`, as those
+        of metrax (`pip install statefun[metrics]`) and clu.
+
+    **Attributes:**
+
+    - `state`: the State. Its value is an instance of `kind`.
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp, metrax, statefun as sf
+
+        precision = sf.metrics.Metric(metrax.Precision)
+
+        @sf.filter_jit
+        def evaluate(predictions, labels):
+            precision.update(predictions=predictions, labels=labels)
+
+        evaluate(jnp.array([0.9, 0.8, 0.1]), jnp.array([1, 0, 1]))
+        precision.compute()  # 0.5
+        ```
+
+    !!! info
+
+        Where the accumulators of the empty metric have the shapes and dtypes of the full
+        one, `update` keeps them, and can be used in `sf.scan`. Some have not (metrax's
+        `AUCROC` learns its thresholds from the first batch); a compiled step is then
+        traced a second time, and a scan wants one `update` before it.
+
+    Source: [metrax](https://metrax.readthedocs.io).
+    """
+
+    state: State[Any]
+    kind: Any = eqx.field(static=True)
+
+    def __init__(self, kind: type[LibraryMetric]):
+        wanted = ("empty", "from_model_output", "merge", "compute")
+        missing = [name for name in wanted if not hasattr(kind, name)]
+        if missing:
+            raise TypeError(
+                f"Metric was given {kind!r}, which has no {', '.join(missing)}; it takes "
+                "a class like those of metrax."
+            )
+        self.kind = kind
+        self.state = State(kind.empty(), name=kind.__name__)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Adds a batch.
+
+        **Arguments:** those of the class's `from_model_output`.
+        """
+        old = self.state.value
+        with library_promotion():
+            new = old.merge(self.kind.from_model_output(*args, **kwargs))
+        if jtu.tree_structure(new) == jtu.tree_structure(old):
+            new = jtu.tree_map(_of_dtype, old, new)
+        self.state.value = new
+
+    def compute(self) -> Any:
+        """The metric so far; without data, what the library says of its empty metric."""
+        with library_promotion():
+            return self.state.value.compute()
+
+    def reset(self) -> None:
+        """Starts again."""
+        self.state.value = self.kind.empty()
+
+
+def _of_dtype(old: Any, new: Any) -> Any:
+    both = eqx.is_array(old) and eqx.is_array(new)
+    return new.astype(old.dtype) if both else new

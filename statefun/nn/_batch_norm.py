@@ -1,0 +1,253 @@
+"""`BatchNorm`, with its running statistics in States."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any, Literal
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from .._errors import lesson
+from .._state import State
+
+
+class BatchNorm(eqx.Module):
+    """As `equinox.nn.BatchNorm`, with the running statistics in States.
+
+    Computes mean and variance of every channel over the batch and all spatial axes, and
+    normalises with them; then an affine transformation for each channel. In inference
+    mode the running statistics are used in place of those of the batch, and nothing is
+    written.
+
+    The batch is an axis of the array, or the mapped axes that `axis_name` names, or both:
+
+    - `BatchNorm(3)` takes arrays of shape `(batch, 3, *spatial)`. On an array that is
+      sharded over devices, inside `sf.filter_jit`, the statistics are those of the whole.
+    - `BatchNorm(3, axis_name="batch")` takes `(3, *spatial)` inside
+      `sf.filter_vmap(…, axis_name="batch")`.
+    - `BatchNorm(3, axis_name="data", batch_axis=0)` takes `(batch, 3, *spatial)` on every
+      device of a `sf.shard_map` over `"data"`.
+
+    **Arguments:**
+
+    - `input_size`: the number of channels.
+    - `axis_name`: the name, or a sequence of names, of mapped axes that are part of the
+        batch. None: the batch is `batch_axis`.
+    - `eps`: added to the variance.
+    - `channelwise_affine`: whether there are a weight and a bias for every channel.
+    - `momentum`: the share of the old in the running statistics, between 0 and 1.
+    - `inference`: whether to use the running statistics; see
+        [`statefun.nn.inference_mode`][].
+    - `dtype`: of weight, bias and statistics; JAX's default float if None.
+    - `mode`: in `"batch"` training uses the statistics of the batch. In `"ema"` it uses
+        the running statistics, those of this batch included.
+    - `batch_axis`: which axis of the array is the batch; 0 if there is no `axis_name`,
+        and none otherwise. The channels are the first of the other axes.
+
+    **Attributes:**
+
+    - `running_mean`, `running_var`: States of shape `(input_size,)`.
+    - `count`: a State, the number of batches seen.
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp, statefun as sf
+
+        norm = sf.nn.BatchNorm(3)
+        norm(jnp.arange(12.0).reshape(4, 3))
+        evaluate = sf.nn.inference_mode(norm)  # shares the statistics
+        evaluate(jnp.ones((1, 3)))
+        ```
+
+    !!! info
+
+        `mode="batch"` keeps averages that start at zero and divides them by what is
+        missing to one, as Adam does, so that they are unbiased from the first batch on.
+        Equinox does so too, but starts its average of the variance at one: after `n`
+        batches it has `momentum**n` more, before the division. An untrained layer has
+        mean 0 and variance 1.
+
+    Source: [Batch Normalization](https://arxiv.org/abs/1502.03167);
+    `equinox.nn.BatchNorm`.
+    """
+
+    weight: Float[Array, input_size] | None
+    bias: Float[Array, input_size] | None
+    running_mean: State[Float[Array, input_size]]
+    running_var: State[Float[Array, input_size]]
+    count: State[Int[Array, ""]]
+    inference: bool
+    axis_name: tuple[Hashable, ...] = eqx.field(static=True)
+    input_size: int = eqx.field(static=True)
+    eps: float = eqx.field(static=True)
+    channelwise_affine: bool = eqx.field(static=True)
+    momentum: float = eqx.field(static=True)
+    mode: Literal["ema", "batch"] = eqx.field(static=True)
+    batch_axis: int | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        input_size: int,
+        axis_name: Hashable | Sequence[Hashable] = None,
+        eps: float = 1e-5,
+        channelwise_affine: bool = True,
+        momentum: float = 0.99,
+        inference: bool = False,
+        dtype: Any = None,
+        mode: Literal["ema", "batch"] = "batch",
+        *,
+        batch_axis: int | None = None,
+    ):
+        if mode not in ("ema", "batch"):
+            raise ValueError(f"`mode` is {mode!r}, but should be 'batch' or 'ema'.")
+        dtype = jnp.zeros(()).dtype if dtype is None else dtype
+        self.weight = jnp.ones(input_size, dtype) if channelwise_affine else None
+        self.bias = jnp.zeros(input_size, dtype) if channelwise_affine else None
+        self.running_mean = State(jnp.zeros(input_size, dtype), name="running_mean")
+        self.running_var = State(jnp.zeros(input_size, dtype), name="running_var")
+        self.count = State(jnp.array(0, jnp.int32), name="count")
+        self.inference = inference
+        self.axis_name = _names(axis_name)
+        self.input_size = input_size
+        self.eps = eps
+        self.channelwise_affine = channelwise_affine
+        self.momentum = momentum
+        self.mode = mode
+        self.batch_axis = 0 if not self.axis_name and batch_axis is None else batch_axis
+
+    def __call__(
+        self, x: Array, *, key: Any = None, inference: bool | None = None
+    ) -> Array:
+        """Normalises.
+
+        **Arguments:**
+
+        - `x`: of shape `(input_size, *spatial)`, with the batch axis if there is one.
+        - `key`: not used, there for compatibility.
+        - `inference`: if given, in place of the layer's own flag.
+
+        **Returns:** an array of the shape and dtype of `x`.
+
+        **Raises:** `NameError` if no axis of that name is mapped. `ValueError` if `x` has
+        another number of channels, or in training if there is but one value for each
+        channel (a batch of one without spatial axes), of which there is no variance.
+        """
+        del key
+        batched = self.batch_axis is not None
+        y = jnp.moveaxis(x, self.batch_axis, 0) if batched else x[None]
+        self._check_channels(x, y)
+        y = y.astype(self.running_mean.value.dtype)
+        if self.inference if inference is None else inference:
+            mean, var = self.statistics()
+        else:
+            mean, var = self._statistics_of(y)
+            self._record(mean, var)
+            if self.mode == "ema":
+                mean, var = self.running_mean.value, self.running_var.value
+        y = (y - self._per_channel(mean, y)) / jnp.sqrt(
+            self._per_channel(var, y) + self.eps
+        )
+        if self.weight is not None and self.bias is not None:
+            y = y * self._per_channel(self.weight, y) + self._per_channel(self.bias, y)
+        y = y.astype(x.dtype)
+        return jnp.moveaxis(y, 0, self.batch_axis) if batched else y[0]
+
+    def statistics(self) -> tuple[Array, Array]:
+        """The mean and the variance that inference uses, each of shape `(input_size,)`.
+
+        !!! example
+
+            ```python
+            import statefun as sf
+
+            sf.nn.BatchNorm(3).statistics()  # zeros and ones: nothing seen yet
+            ```
+        """
+        count = self.count.value
+        mean, var = self.running_mean.value, self.running_var.value
+        if self.mode == "batch":
+            known = 1 - self.momentum ** count.astype(mean.dtype)
+            known = jnp.where(count == 0, jnp.ones_like(known), known)
+            mean, var = mean / known, var / known
+        return mean, jnp.where(count == 0, jnp.ones_like(var), var)
+
+    def _per_channel(self, v: Array, y: Array) -> Array:
+        return v.reshape(1, -1, *(1,) * (y.ndim - 2))
+
+    def _statistics_of(self, y: Array) -> tuple[Array, Array]:
+        axes = (0, *range(2, y.ndim))
+        values = math.prod(y.shape[i] for i in axes) * self._mapped_size()
+        if values <= 1:
+            raise ValueError(
+                lesson(
+                    "BatchNorm was given a batch of one in training, and so one value for "
+                    "each channel.",
+                    "the variance of one value is zero: the output would be the bias, "
+                    "whatever the input, and no gradient would flow.",
+                    "use a larger batch (drop the last, short one), or "
+                    "`sf.nn.inference_mode(model)` to normalise with the running "
+                    "statistics.",
+                )
+            )
+        mean = self._over_lanes(jnp.mean(y, axes))
+        centered = y - self._per_channel(mean, y)
+        var = self._over_lanes(jnp.mean((centered * jnp.conj(centered)).real, axes))
+        return mean, var
+
+    def _over_lanes(self, v: Array) -> Array:
+        return lax.pmean(v, self.axis_name) if self.axis_name else v
+
+    def _mapped_size(self) -> int:
+        try:
+            return math.prod(lax.axis_size(name) for name in self.axis_name)
+        except NameError as error:
+            raise NameError(
+                lesson(
+                    f"BatchNorm was called outside of its mapped axes {self.axis_name}: "
+                    f"{error}.",
+                    "the mean is taken over the lanes of these axes.",
+                    "`sf.filter_vmap(f, axis_name=…)` with the name that the layer was "
+                    "given, or `BatchNorm(channels)`, without a name, for an array that "
+                    "has the batch as its first axis.",
+                )
+            ) from error
+
+    def _record(self, mean: Array, var: Array) -> None:
+        mean, var = lax.stop_gradient((mean, var)) if self.mode == "batch" else (mean, var)
+        first = self.count.value == 0
+
+        def average(state: State[Array], new: Array) -> None:
+            mixed = self.momentum * state.value + (1 - self.momentum) * new
+            if self.mode == "ema":
+                mixed = jnp.where(first, new, mixed)
+            state.value = mixed
+
+        average(self.running_mean, mean)
+        average(self.running_var, var)
+        self.count.value += 1
+
+    def _check_channels(self, x: Array, y: Array) -> None:
+        if y.ndim < 2 or y.shape[1] != self.input_size:
+            has = "(batch, " if self.batch_axis == 0 else "("
+            raise ValueError(
+                f"BatchNorm({self.input_size}) was given an array of shape {x.shape}; it "
+                f"takes {has}{self.input_size}, *spatial)"
+                + (
+                    "."
+                    if self.batch_axis in (0, None)
+                    else f" with the batch at axis {self.batch_axis}."
+                )
+            )
+
+
+def _names(axis_name: Any) -> tuple[Hashable, ...]:
+    if axis_name is None:
+        return ()
+    if isinstance(axis_name, list | tuple):
+        return tuple(axis_name)
+    return (axis_name,)

@@ -1,0 +1,152 @@
+"""What an optimizer trains: the inexact arrays of the Params in a tree, each once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+
+from .._errors import StateTypeError, StateValueError, lesson
+from .._frame import Cell
+from .._state import Param, State
+from .._structure import flatten
+from .._tree import _children, _first_difference, states
+
+
+class Trained:
+    """The Params of a tree, as optax wants them: a tree of arrays.
+
+    **Arguments:**
+
+    - `tree`: any pytree. Where a Param occurs again there is None in the arrays, and so
+        there is for everything that is no Param.
+
+    **Raises:** `statefun.StateTypeError` if there is nothing to train, or if a Param
+    stands in the value of another State, where gradients don't reach it.
+    """
+
+    def __init__(self, tree: Any):
+        self._tree = tree
+        leaves, self._treedef = jtu.tree_flatten_with_path(tree)
+        self._paths = [jtu.keystr(path) for path, _ in leaves]
+        seen: set[Cell] = set()
+        self._places: list[Param | None] = []
+        for _, leaf in leaves:
+            here = isinstance(leaf, Param) and leaf._cell not in seen
+            self._places.append(leaf if here else None)
+            if here:
+                seen.add(leaf._cell)
+        for path, state in states(tree, Param).items():
+            if state._cell not in seen:
+                raise _hidden(path, state)
+        if not seen:
+            raise StateTypeError(
+                lesson(
+                    "Optimizer was given a `wrt` without any Param in it.",
+                    "an optimizer writes the Params that it finds there; plain arrays "
+                    "and other States are left alone.",
+                    "`model = sf.Param(model)`, or Params as the fields of the module.",
+                )
+            )
+
+    def arrays(self) -> Any:
+        """The present values."""
+        return self._treedef.unflatten(
+            [
+                None if p is None else eqx.filter(p.value, eqx.is_inexact_array)
+                for p in self._places
+            ]
+        )
+
+    def parts(self, arrays: Any) -> list[tuple[Param, Any]]:
+        """Each Param with its part of a tree like `arrays()`."""
+        parts = self._treedef.flatten_up_to(arrays)
+        pairs = zip(self._places, parts, strict=True)
+        return [(param, part) for param, part in pairs if param is not None]
+
+    def write(self, arrays: Any) -> None:
+        for param, part in self.parts(arrays):
+            param.value = _combined(param, part)
+
+    def values(self, arrays: Any) -> dict[Cell, Any]:
+        """What the Params would hold if `arrays` were written."""
+        return {p._cell: flatten(_combined(p, part)) for p, part in self.parts(arrays)}
+
+    def of_gradient(self, grads: Any) -> Any:
+        """The part of a gradient that belongs to `arrays()`, in its structure.
+
+        **Raises:** `statefun.StateValueError` if there is none, and names the path.
+        """
+        try:
+            parts = self._treedef.flatten_up_to(grads)
+        except (ValueError, TypeError) as error:
+            at = _differs_at(self._tree, grads) or ""
+            raise _misfit(at, "the structure is not that of `wrt`") from error
+        found = []
+        for path, param, part in zip(self._paths, self._places, parts, strict=True):
+            found.append(None)
+            if param is None:
+                continue
+            like = eqx.filter(param.value, eqx.is_inexact_array)
+            if jtu.tree_structure(part) != jtu.tree_structure(like):
+                at = path + _first_difference(like, part)
+                raise _misfit(at, "the structure is not that of the Param's arrays")
+            _check_shapes(path, like, part)
+            found[-1] = part
+        return self._treedef.unflatten(found)
+
+
+def _combined(param: State, part: Any) -> Any:
+    return eqx.combine(part, param.value)
+
+
+def _differs_at(tree: Any, grads: Any) -> str | None:
+    """The first node of `grads` that is not like that of `tree`; a leaf is like all."""
+    ours, theirs = _children(tree), _children(grads)
+    if ours is None and tree is not None:
+        return None
+    if ours is None or theirs is None or type(tree) is not type(grads):
+        return ""
+    for key in {**ours, **theirs}:
+        if key not in ours or key not in theirs:
+            return key
+        found = _differs_at(ours[key], theirs[key])
+        if found is not None:
+            return key + found
+    return None
+
+
+def _check_shapes(path: str, like: Any, part: Any) -> None:
+    pairs = zip(jtu.tree_leaves_with_path(like), jtu.tree_leaves(part), strict=True)
+    for (keys, old), new in pairs:
+        if not eqx.is_array_like(new) or jax.numpy.shape(new) != old.shape:
+            shape = jax.numpy.shape(new) if eqx.is_array_like(new) else new
+            raise _misfit(
+                path + jtu.keystr(keys),
+                f"it has shape {shape}, and the Param {old.shape}",
+            )
+
+
+def _misfit(path: str, why: str) -> StateValueError:
+    at = f"first at `{path}`" if path else "at its root"
+    return StateValueError(
+        lesson(
+            f"the gradients given to `update` don't fit what the optimizer trains, {at}.",
+            f"{why}.",
+            "take them with respect to what the optimizer was given: "
+            "`sf.filter_grad(loss, wrt=optimizer.wrt)`.",
+        )
+    )
+
+
+def _hidden(path: str, state: State) -> StateTypeError:
+    return StateTypeError(
+        lesson(
+            f"Optimizer was given `{path}`, a Param inside the value of another State.",
+            "gradients are taken of the values of the States in a tree, and States in "
+            "those values are not differentiated: this Param would stay as it is.",
+            f"leave out the outer State, or list both: `wrt=(outer, {state.name or '…'})`.",
+        )
+    )

@@ -1,0 +1,85 @@
+"""`checkify`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+from jax.experimental import checkify as jax_checkify
+
+from .. import _frame
+from ._thread import Wrapper, evaluate, split_arrays, trace_body, transaction, values_of
+
+
+class _Checkified(Wrapper):
+    _fun: Callable
+    _errors: frozenset = eqx.field(static=True)
+
+    @property
+    def __wrapped__(self) -> Callable:
+        return self._fun
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        return transaction(lambda: self._run(args, kwargs))
+
+    def _run(self, args: tuple, kwargs: dict) -> Any:
+        arrays, build = split_arrays((args, kwargs))
+
+        def run(*leaves: Any) -> Any:
+            args, kwargs = build(leaves)
+            return self._fun(*args, **kwargs)
+
+        program = trace_body(run, arrays)
+        values = values_of(program.reads)
+        cells = list(values)
+
+        def pure(arrays: list, flats: list, consts: list) -> Any:
+            held = zip(cells, flats, strict=True)
+            inside = {c: (flat, values[c][1]) for c, flat in held}
+            leaves, new = evaluate(program, arrays, inside, consts)
+            return leaves, [flat for flat, _ in new.values()]
+
+        flats = [flat for flat, _ in values.values()]
+        error, (leaves, new) = jax_checkify.checkify(pure, self._errors)(
+            arrays, flats, list(program.consts)
+        )
+        pairs = zip(program.writes.items(), new, strict=True)
+        _frame.write({cell: (flat, s) for (cell, s), flat in pairs})
+        return error, program.out.build(leaves)
+
+
+def checkify(
+    f: Callable[..., Any], errors: frozenset = jax_checkify.user_checks
+) -> Callable[..., tuple[jax_checkify.Error, Any]]:
+    """As `jax.experimental.checkify.checkify`, for functions that use States.
+
+    States are written as the function leaves them, also where a check has failed: that
+    is known only when the error is looked at. `filter_jit(f, checkify=True)` looks before
+    it writes, and writes nothing if a check has failed.
+
+    **Arguments:**
+
+    - `f`: the function, with `jax.experimental.checkify.check`s in it.
+    - `errors`: which kinds of error to look for, as in JAX.
+
+    **Returns:** a function with the arguments of `f` that returns `(error, out)`.
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp, statefun as sf
+        from jax.experimental import checkify
+
+        last = sf.State(jnp.array(0.0))
+
+        def f(x):
+            checkify.check(x > 0, "x is {x}, but has to be positive", x=x)
+            last.value = x
+            return jnp.log(x)
+
+        error, out = sf.filter_jit(sf.checkify(f))(jnp.array(2.0))
+        error.throw()
+        ```
+    """
+    return eqx.module_update_wrapper(_Checkified(f, errors))

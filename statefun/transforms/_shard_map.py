@@ -1,0 +1,228 @@
+"""`shard_map`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+from jax.sharding import PartitionSpec
+
+from .. import _frame
+from .._args import spread_prefix
+from .._compat import varying_axes
+from .._errors import StateTraceError, lesson
+from .._frame import Cell, Value
+from .._program import unpack
+from .._structure import leaves_of
+from ._state_axes import reachable, rule
+from ._thread import (
+    Lanes,
+    Wrapper,
+    Written,
+    split_arrays,
+    threaded,
+    transaction,
+)
+
+# What `jax.shard_map` takes to infer the specs has no public name.
+_INFER = inspect.signature(jax.shard_map).parameters["in_specs"].default
+
+
+class _Found(Exception):
+    """A State that is held in pieces was read, and had not been expected."""
+
+    def __init__(self, cell: Cell):
+        self.cell = cell
+
+
+class _ShardMap(Wrapper):
+    _fun: Callable
+    _in_specs: Any = eqx.field(static=True)
+    _out_specs: Any = eqx.field(static=True)
+    _state_specs: Any
+    _options: dict[str, Any] = eqx.field(static=True)
+
+    @property
+    def __wrapped__(self) -> Callable:
+        return self._fun
+
+    def __call__(self, /, *args: Any) -> Any:
+        def run() -> Any:
+            found: list[Cell] = []
+            while True:
+                try:
+                    return self._run(args, found)
+                except _Found as late:
+                    found.append(late.cell)
+
+        return transaction(run)
+
+    def _spec_of(self, cell: Cell) -> PartitionSpec | None:
+        state = None if cell.handle is None else cell.handle()
+        of = rule(self._state_specs, lambda s: isinstance(s, PartitionSpec))
+        return None if state is None else of(state)
+
+    def _run(self, args: tuple, found: list[Cell]) -> Any:
+        in_pieces: dict[Cell, PartitionSpec] = {}
+        if self._state_specs is not None:
+            for cell in [*reachable(self._fun, args, self._state_specs), *found]:
+                spec = self._spec_of(cell)
+                if spec is not None:
+                    in_pieces[cell] = spec
+        values = {cell: _frame.read(cell) for cell in in_pieces}
+        arrays, build = split_arrays(args)
+        # One group of written States for each spec: which States these are is known
+        # only when the function has run.
+        specs = [PartitionSpec(), *dict.fromkeys(in_pieces.values())]
+        seen: dict[str, Any] = {}
+
+        names = self._axis_names()
+        lanes = Lanes(
+            math.prod(names.values()), lambda: jax.lax.axis_index(tuple(names))
+        )
+
+        def view(cell: Cell, value: Value) -> Value:
+            if self._spec_of(cell) is not None:
+                raise _Found(cell)
+            return lanes.view(cell, value)
+
+        def inner(pieces: list, *arrays: Any) -> Any:
+            inside = {
+                cell: (flat, structure)
+                for (cell, (_, structure)), flat in zip(
+                    values.items(), pieces, strict=True
+                )
+            }
+            out, written = threaded(
+                lambda: self._fun(*build(arrays)), inside, keeps=True, view=view
+            )
+            written, seen["advanced"] = lanes.take_out(written.without(written.created))
+            where = [in_pieces.get(c) or self._spec_of(c) for c in written.cells]
+            for cell, spec in zip(written.cells, where, strict=True):
+                if spec is not None and spec not in specs:
+                    raise _Found(cell)
+            seen["written"] = written
+            seen["groups"] = [specs.index(s) if s is not None else 0 for s in where]
+            self._check_shared(written, where)
+            dynamic, seen["static"] = eqx.partition(out, eqx.is_array)
+            groups: list[list] = [[] for _ in specs]
+            for flat, i in zip(written.flats, seen["groups"], strict=True):
+                groups[i].append(flat)
+            return dynamic, groups
+
+        in_specs = self._specs(args)
+        if in_specs is not None:
+            in_specs = (list(in_pieces.values()), *in_specs)
+            options = self._options | {"in_specs": in_specs}
+        else:
+            options = self._options
+        mapped = jax.shard_map(inner, out_specs=(self._out_specs, specs), **options)
+        dynamic, groups = mapped([flat for flat, _ in values.values()], *arrays)
+        queues = [iter(group) for group in groups]
+        flats = [next(queues[i]) for i in seen["groups"]]
+        seen["written"].with_flats(flats).hand_over()
+        lanes.advance(seen["advanced"])
+        return unpack(eqx.combine(dynamic, seen["static"]))
+
+    def _axis_names(self) -> dict[Any, int]:
+        """The axes that are mapped, and their sizes."""
+        mesh = self._options["mesh"] or jax.sharding.get_abstract_mesh()
+        wanted = self._options["axis_names"] or mesh.axis_names
+        return {name: mesh.shape[name] for name in mesh.axis_names if name in wanted}
+
+    def _specs(self, args: tuple) -> list[Any] | None:
+        """A spec for every array of the arguments; None to have JAX infer them."""
+        if self._in_specs is _INFER:
+            return None
+        given = self._in_specs
+        given = given if type(given) is tuple else (given,) * len(args)
+        leaves = jax.tree_util.tree_leaves(args)
+        spread = spread_prefix(given, args)
+        return [s for s, x in zip(spread, leaves, strict=True) if eqx.is_array(x)]
+
+    def _check_shared(self, written: Written, specs: list[Any]) -> None:
+        rows = zip(written.cells, written.flats, written.structures, specs, strict=True)
+        for cell, flat, structure, spec in rows:
+            differing = spec is None and any(
+                varying_axes(x) for x in leaves_of(flat, structure)
+            )
+            if differing:
+                raise StateTraceError(
+                    lesson(
+                        "inside `shard_map` a value that differs between devices was "
+                        f"written to {cell.describe()}.",
+                        "the State is replicated: all devices hold the same value.",
+                        "write something that is equal on all devices "
+                        "(`jax.lax.pmean(x, axis_name)`), or let the State be held in "
+                        "pieces: `shard_map(…, state_specs=[(state, P('axis'))])`.",
+                    )
+                )
+
+
+def shard_map(
+    f: Callable | None = None,
+    /,
+    *,
+    out_specs: Any,
+    in_specs: Any = _INFER,
+    mesh: Any = None,
+    axis_names: Any = frozenset(),
+    check_vma: bool = True,
+    state_specs: Any = None,
+) -> Any:
+    """As `jax.shard_map`, for functions that read and write States.
+
+    There is no twin of `jax.pmap`, which JAX itself builds on `shard_map` now.
+
+    **Arguments:**
+
+    - `f`: the function of the pieces; may be left out, to use the rest as a decorator.
+    - `out_specs`, `in_specs`, `mesh`, `axis_names`, `check_vma`: as in `jax.shard_map`.
+        Arguments and results may hold leaves that are no arrays.
+    - `state_specs`: which States are held in pieces, and how. None: no State is; all
+        devices hold the same value. A `PartitionSpec`: all States are. A list of pairs of
+        a State, a kind of State or a predicate, and a spec: the first that matches
+        decides.
+
+    **Returns:** the mapped function.
+
+    **Raises:** `statefun.StateTraceError` if a value that differs between devices is
+    written to a State that is replicated. (Not with `check_vma=False`: then JAX keeps no
+    account of it.)
+
+    !!! example
+
+        ```python
+        import jax, jax.numpy as jnp, statefun as sf
+        from jax.sharding import PartitionSpec as P
+
+        mesh = jax.make_mesh((jax.device_count(),), ("d",),
+                             axis_types=(jax.sharding.AxisType.Auto,))
+        total = sf.State(jnp.array(0.0))
+
+        def f(x):
+            total.value += jax.lax.psum(x.sum(), "d")
+            return 2 * x
+
+        sf.shard_map(f, mesh=mesh, in_specs=P("d"), out_specs=P("d"))(jnp.arange(8.0))
+        ```
+    """
+    if f is None:
+        return functools.partial(
+            shard_map,
+            out_specs=out_specs,
+            in_specs=in_specs,
+            mesh=mesh,
+            axis_names=axis_names,
+            check_vma=check_vma,
+            state_specs=state_specs,
+        )
+    options = {"mesh": mesh, "axis_names": axis_names, "check_vma": check_vma}
+    return eqx.module_update_wrapper(
+        _ShardMap(f, in_specs, out_specs, state_specs, options)
+    )
