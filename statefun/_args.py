@@ -20,7 +20,7 @@ from ._errors import lesson
 from ._frame import Cell
 from ._program import Reference, refuse_bare_state
 from ._state import State
-from ._structure import ARRAY, is_identity, static_key, treedef_key
+from ._structure import ARRAY, TreeDef, is_identity, static_key, treedef_key
 
 
 class Static:
@@ -62,7 +62,7 @@ class Signature:
 
     __slots__ = ("dynamic", "leaves", "slots", "stand_ins", "treedef")
 
-    def __init__(self, leaves: Sequence[Any], treedef: jtu.PyTreeDef, stand_in: bool):
+    def __init__(self, leaves: Sequence[Any], treedef: TreeDef, stand_in: bool):
         self.treedef = treedef
         self.leaves = list(leaves)
         self.stand_ins: list[State] = []
@@ -217,13 +217,10 @@ def split(args: tuple, kwargs: dict) -> tuple[list, tuple, list[State], Any, Any
             if is_identity(key):
                 raise _unhashable(leaves, treedef, i)
             keys.append(key)
-    return (
-        leaves,
-        dynamic,
-        list(states.values()),
-        treedef,
-        (treedef_key(treedef), tuple(keys)),
-    )
+    key = treedef_key(treedef), tuple(keys)
+    # A tuple, like the positional arguments that the fast path passes on as they are:
+    # another container would be another key for JAX.
+    return leaves, tuple(dynamic), list(states.values()), treedef, key
 
 
 def check_arguments(args: tuple, kwargs: Mapping[str, Any]) -> None:

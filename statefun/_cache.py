@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 
 from . import _compat
+from ._compat import eval_context, jit_disabled
 from ._frame import Cell
 from ._program import Program
 from ._state import State
@@ -191,9 +192,9 @@ _mark = jax.jit(lambda: {_Context(): ()})
 
 def trace_context() -> Any:
     """Equal for two calls exactly if `jax.jit` would not retrace between them."""
-    if jax.config.jax_disable_jit:
+    if jit_disabled():
         return None
-    with jax.core.eval_context(), _compat.trace_generation(0):
+    with eval_context(), _compat.trace_generation(0):
         (mark,) = _mark()
     return mark
 

@@ -32,7 +32,14 @@ from jax.experimental.checkify import check_error
 
 from . import _args, _frame, _program
 from ._cache import CacheKey, Record, Records, TracingLock, trace_context
-from ._compat import TOP_LEVEL, array_class, at_top_level, current_trace
+from ._compat import (
+    TOP_LEVEL,
+    Tracer,
+    array_class,
+    at_top_level,
+    current_trace,
+    jit_disabled,
+)
 from ._compiled import Compiled, Eager, Inputs, Options, Restart
 from ._errors import StateTraceError, StateValueError, lesson
 from ._frame import Cell, local, lock, shared
@@ -90,7 +97,7 @@ class Caller:
     def run(self, args: tuple, kwargs: dict) -> Any:
         self.records.lookups += 1
         while True:
-            if jax.config.jax_disable_jit:
+            if jit_disabled():
                 return self.eager(args, kwargs)
             entry, dynamic, states = self.entry(args, kwargs)
             inside = local.frame is not None or not at_top_level()
@@ -121,7 +128,7 @@ class Caller:
             args, kwargs = self.static.mark(args, kwargs)
         return _args.split(args, kwargs)[-1]
 
-    def entry(self, args: tuple, kwargs: dict) -> tuple[Entry, list, list[State]]:
+    def entry(self, args: tuple, kwargs: dict) -> tuple[Entry, tuple, list[State]]:
         if self.static:
             args, kwargs = self.static.mark(args, kwargs)
         leaves, dynamic, states, treedef, key = _args.split(args, kwargs)
@@ -210,7 +217,7 @@ class Fast:
                 if type(arg) is not concrete:
                     return caller.run(args, kwargs)
         version = shared.version
-        flats = [cell.flat for cell in compiled.cells]
+        flats = [cell.flat for cell in compiled.own]
         if version & 1 or shared.version != version:
             return caller.run(args, kwargs)
         try:
@@ -233,7 +240,7 @@ class Fast:
                     for cell, flat in zip(cells, arrays[n:] if n else arrays):  # noqa: B905
                         cell.flat = flat
                     shared.version = version + 2
-                elif _conflict(record, compiled.cells, flats, cells):
+                elif _conflict(record, compiled.own, flats, cells):
                     again = True
                 else:
                     _frame.assign(cells, arrays[record.n_out :], record.structures)
@@ -425,7 +432,7 @@ class Entry:
             program = dataclasses.replace(program, closed=closed)
         key = self.cache_key(program.in_avals)
         record = Record(program, key, trace_context(), self.arg_cells)
-        record.states = tuple(
+        record.states = tuple(  # type: ignore[assignment]
             cell.handle or _gone for cell in self._actual(program.order)
         )
         if program.closed_over_tracers:
@@ -474,7 +481,7 @@ class Entry:
         self.may_fail |= record.may_fail
         self.effects |= record.effects
         for const in program.consts:
-            if not isinstance(const, jax.core.Tracer):
+            if not isinstance(const, Tracer):
                 self.consts.setdefault(id(const), const)
         if self._size() == before:
             return False
@@ -557,7 +564,7 @@ class Entry:
                 if donate_states and cell in self.updated
             ),
             donated_leaves=() if self.may_fail else tuple(self.donated),
-            shardings=self.in_shardings,
+            shardings=None if self.in_shardings is None else tuple(self.in_shardings),
             may_fail=self.may_fail,
         )
         return Compiled(self, inputs, options)
@@ -567,7 +574,7 @@ class Entry:
         if record.compiled is not None:
             return record.compiled
         program = record.program
-        consts = [c for c in program.consts if not isinstance(c, jax.core.Tracer)]
+        consts = [c for c in program.consts if not isinstance(c, Tracer)]
         inputs = Inputs(
             cells=tuple(program.reads),
             targets=self._targets(program.reads),
@@ -605,7 +612,7 @@ class Entry:
             # JAX can only forget all versions of a function. The programs at hand are
             # kept, so those still in use are compiled again, but not traced.
             for compiled in self._variants.values():
-                compiled.jit.clear_cache()
+                compiled.jit.clear_cache()  # type: ignore[attr-defined]
             self._dropped = 0
         return not kept
 

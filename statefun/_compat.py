@@ -11,9 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.extend.core as jec
 import jax.numpy as jnp
 from jax.interpreters import batching, mlir
+
+Tracer = jax.core.Tracer
+eval_jaxpr = jax.core.eval_jaxpr
+eval_context = jax.core.eval_context
 
 # jax 0.11 merged `ClosedJaxpr` into `Jaxpr`: there `closed.jaxpr is closed`, so code
 # that unwraps in a loop never ends, and a jaxpr with consts attached prints oddly when
@@ -28,13 +33,18 @@ Since jax 0.4.36 `find_top_trace` looks at no arguments and returns the current 
 function asks each time.
 """
 
-with jax.core.eval_context():
+with eval_context():
     TOP_LEVEL = current_trace()
 
 
 def at_top_level() -> bool:
     """Whether no JAX transformation is under way in this thread."""
     return current_trace() is TOP_LEVEL
+
+
+def jit_disabled() -> bool:
+    """Whether `jax.disable_jit()` is on."""
+    return jax.config.jax_disable_jit  # type: ignore[attr-defined]
 
 
 def in_trace(trace: Any) -> Any:
@@ -124,7 +134,7 @@ def batched(arrays: Sequence[Any], outside: Any) -> set[int]:
     _probing.outside, _probing.found = outside, found
     try:
         for i, x in enumerate(arrays):
-            if isinstance(x, jax.core.Tracer):
+            if isinstance(x, Tracer):
                 _batch_probe_p.bind(jax.lax.stop_gradient(x), index=i)
     finally:
         _probing.outside, _probing.found = before

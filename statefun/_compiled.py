@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from . import _frame
 from ._args import spread_prefix
 from ._cache import Record
+from ._compat import Tracer, eval_jaxpr, jit_disabled
 from ._frame import Cell
 from ._program import OutTree
 from ._structure import ARRAY, Structure
@@ -80,7 +81,9 @@ class Compiled:
         self._const_index = {id(c): i for i, c in enumerate(inputs.consts)}
         targets = inputs.targets
         self.targets = targets
-        self.cells = list(targets) if all(type(t) is Cell for t in targets) else None
+        self.own = [t for t in targets if isinstance(t, Cell)]
+        # None if some are States of the arguments, another one in each call.
+        self.cells = self.own if len(self.own) == len(targets) else None
         self.structures = inputs.structures
         self.consts = inputs.consts
         self.donated = inputs.donated
@@ -166,7 +169,7 @@ class Compiled:
     def _body(
         self, dynamic: Any, flats: Any, consts: Any, given: Any, given_flats: Any
     ) -> Any:
-        if jax.config.jax_disable_jit:
+        if jit_disabled():
             raise Eager
         inputs = self._inputs
         dynamic = _merge(dynamic, given, inputs.donated_leaves)
@@ -179,11 +182,11 @@ class Compiled:
             raise Restart
         program = record.program
         closed_over = [
-            c if isinstance(c, jax.core.Tracer) else consts[self._const_index[id(c)]]
+            c if isinstance(c, Tracer) else consts[self._const_index[id(c)]]
             for c in program.consts
         ]
         reads = program.read_leaves(known.__getitem__)
-        outputs = jax.core.eval_jaxpr(program.jaxpr, closed_over, *dynamic, *reads)
+        outputs = eval_jaxpr(program.jaxpr, closed_over, *dynamic, *reads)
         leaves, writes = program.split(outputs)
         if self._options.out_shardings is not None:
             leaves = _constrain(leaves, program.out, self._options.out_shardings)
@@ -200,7 +203,7 @@ class Compiled:
             and all(
                 id(c) in self._const_index
                 for c in program.consts
-                if not isinstance(c, jax.core.Tracer)
+                if not isinstance(c, Tracer)
             )
             and (inputs.may_fail or not record.may_fail)
             and not (self.donated and record.effects)

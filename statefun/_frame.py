@@ -37,6 +37,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from . import _compat
+from ._compat import Tracer
 from ._errors import StateTraceError, lesson
 from ._structure import Structure, flat_of, leaves_of
 
@@ -147,6 +148,7 @@ class Frame:
     """
 
     _keeps = False
+    _top = False
     known: Mapping[Cell, Value] = types.MappingProxyType({})
 
     def __init__(self) -> None:
@@ -219,7 +221,7 @@ class Frame:
 
     def create(self, cell: Cell, flat: Any, structure: Structure) -> None:
         if not self.is_current() and any(
-            isinstance(x, jax.core.Tracer) for x in leaves_of(flat, structure)
+            isinstance(x, Tracer) for x in leaves_of(flat, structure)
         ):
             raise foreign_creation(cell)
         self.created[cell] = None
@@ -481,7 +483,7 @@ def read(cell: Cell) -> Value:
 def _in_jaxpr_trace() -> bool:
     """Whether a raw transform that makes a jaxpr is under way (jit, scan, …)."""
     (probe,) = state_probe_p.bind(token=0)
-    return isinstance(probe, jax.core.Tracer)
+    return isinstance(probe, Tracer)
 
 
 def write(writes: Mapping[Cell, Value]) -> None:
@@ -546,7 +548,7 @@ def create(cell: Cell, flat: Any, structure: Structure) -> None:
     if local.frame is not None:
         local.frame.create(cell, flat, structure)
         return
-    if any(isinstance(x, jax.core.Tracer) for x in leaves_of(flat, structure)):
+    if any(isinstance(x, Tracer) for x in leaves_of(flat, structure)):
         raise foreign_creation(cell)
     cell.flat, cell.structure = flat, structure
 

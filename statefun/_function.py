@@ -13,12 +13,13 @@ import jax.tree_util as jtu
 from . import _call, _compat, _frame
 from ._cache import CacheKey, Record
 from ._call import Caller, Fast
+from ._compat import eval_jaxpr
 from ._compiled import Options
 from ._errors import StateValueError, lesson
 from ._frame import Cell
 from ._program import Program
 from ._state import State
-from ._structure import Structure, flatten, leaves_of, normalise
+from ._structure import Structure, TreeDef, flatten, leaves_of, normalise
 from .ir import normalize_optimizations
 
 
@@ -182,11 +183,11 @@ class StatefulFunction(Fast, Generic[P, R]):
         """As `get_out_shapes`, for a key of `get_arg_cache_key`."""
         return self._out_shapes(*self._by_key(key))
 
-    def get_out_treedef(self, /, *args: Any, **kwargs: Any) -> jtu.PyTreeDef:
+    def get_out_treedef(self, /, *args: Any, **kwargs: Any) -> TreeDef:
         """The tree structure of what `get_out_shapes` returns."""
         return jtu.tree_structure(self.get_out_shapes(*args, **kwargs))
 
-    def get_out_treedef_by_cache(self, key: CacheKey, /) -> jtu.PyTreeDef:
+    def get_out_treedef_by_cache(self, key: CacheKey, /) -> TreeDef:
         """As `get_out_treedef`, for a key of `get_arg_cache_key`."""
         return jtu.tree_structure(self.get_out_shapes_by_cache(key))
 
@@ -254,7 +255,7 @@ class StatefulFunction(Fast, Generic[P, R]):
         program = record.program
         values = _check_values(program, states, state_vals)
         dynamic = self._caller.entry(args, kwargs)[1]
-        outputs = jax.core.eval_jaxpr(
+        outputs = eval_jaxpr(
             program.jaxpr,
             program.consts,
             *dynamic,

@@ -19,10 +19,11 @@ import jax.extend.core as jec
 import jax.tree_util as jtu
 
 from . import _compat, _frame
+from ._compat import Tracer
 from ._errors import StateTypeError, lesson
 from ._frame import Cell, TracedFrame, Value
 from ._state import Shell, State
-from ._structure import ARRAY, Structure, flat_of, flatten, leaves_of
+from ._structure import ARRAY, Structure, TreeDef, flat_of, flatten, leaves_of
 
 # -- what a function returns --------------------------------------------------------
 
@@ -123,7 +124,7 @@ _NONE = jtu.tree_structure(None)
 class OutTree:
     """How a result is put together from the arrays that the jaxpr returns."""
 
-    treedef: jtu.PyTreeDef
+    treedef: TreeDef
     leaves: tuple  # ARRAY, or a static leaf
     only_arrays: bool
     packed: bool  # whether there is anything to unpack
@@ -244,7 +245,7 @@ class Program:
 
     @property
     def closed_over_tracers(self) -> bool:
-        return any(isinstance(c, jax.core.Tracer) for c in self.consts)
+        return any(isinstance(c, Tracer) for c in self.consts)
 
     @property
     def may_fail(self) -> bool:

@@ -140,12 +140,12 @@ class Rng(State[jax.Array]):
         return jax.random.split(self(), num if isinstance(num, int) else tuple(num))
 
     @staticmethod
-    def _in_lane(flat: Any, structure: Structure, index: Any, size: int) -> Any:
+    def _in_lane(flat: Any, structure: Structure, index: Any, size: int) -> Any:  # type: ignore[override]
         """What lane `index` of `size` sees in place of the shared key."""
         return jax.random.fold_in(flat, index)
 
     @staticmethod
-    def _after_lanes(flat: Any, structure: Structure, size: int) -> Any:
+    def _after_lanes(flat: Any, structure: Structure, size: int) -> Any:  # type: ignore[override]
         """The shared key when the lanes are done: one that none of them has seen."""
         return jax.random.fold_in(flat, size)
 
@@ -157,12 +157,12 @@ def _as_key(given: Any, impl: str | None) -> jax.Array:
     if isinstance(given, int | np.integer) and not isinstance(given, bool | np.bool_):
         return jax.random.key(given, impl=impl)
     if dtype is not None and jnp.issubdtype(dtype, jnp.integer):
-        if given.shape == ():
+        if given.shape == ():  # type: ignore[union-attr]
             return jax.random.key(given, impl=impl)
         raise StateTypeError(
             lesson(
-                f"a key of the old kind (an array {dtype}{list(given.shape)}) was given "
-                "to Rng.",
+                f"a key of the old kind (an array {dtype}{list(jnp.shape(given))}) was "
+                "given to Rng.",
                 "such a key is an array like any other: nothing keeps it from being "
                 "added to, averaged, or used twice.",
                 "`jax.random.key(seed)` in place of `jax.random.PRNGKey(seed)`; "

@@ -245,7 +245,7 @@ class Shell:
         return new
 
     def _bare(self) -> Any:
-        new = self.kind.__new__(self.kind)
+        new: Any = self.kind.__new__(self.kind)  # type: ignore[call-overload]
         for key, attribute in self.attributes.items():
             object.__setattr__(new, key, attribute)
         return new

@@ -27,6 +27,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jax import lax
 
+from ._compat import Tracer
+
+TreeDef = Any
+"""A `jax.tree_util.PyTreeDef`, which type checkers don't know as a type."""
+
 
 class _ArraySlot:
     def __repr__(self) -> str:
@@ -86,7 +91,7 @@ def is_identity(key: Any) -> bool:
     return type(key[1]) is _Identity
 
 
-def treedef_key(treedef: jtu.PyTreeDef) -> Any:
+def treedef_key(treedef: TreeDef) -> Any:
     """`treedef`, made strict about the static fields of modules.
 
     Tree structures compare static fields with `==`, under which `1`, `1.0` and `True`
@@ -108,10 +113,10 @@ def treedef_key(treedef: jtu.PyTreeDef) -> Any:
 # Looking for the numbers visits every node in Python. For a tree that was seen before it
 # is enough that it is equal, and that its static fields are the very same objects. The
 # treedef that is kept here keeps these alive, so that their ids stay theirs.
-_keys: dict[jtu.PyTreeDef, tuple[list[int], Any]] = {}
+_keys: dict[TreeDef, tuple[list[int], Any]] = {}
 
 
-def _fingerprint(treedef: jtu.PyTreeDef) -> list[int]:
+def _fingerprint(treedef: TreeDef) -> list[int]:
     found: list[Any] = []
     treedef.walk(lambda _, aux: found.append(aux), id, range(treedef.num_leaves))
     flat = itertools.chain.from_iterable(
@@ -123,7 +128,7 @@ def _fingerprint(treedef: jtu.PyTreeDef) -> list[int]:
 _BUILTIN = (tuple, list, type(None), dict)
 
 
-def _numbers_of(treedef: jtu.PyTreeDef, out: list[Any]) -> None:
+def _numbers_of(treedef: TreeDef, out: list[Any]) -> None:
     node = treedef.node_data()
     if node is None:  # a leaf
         return
@@ -179,7 +184,7 @@ class Structure:
 
     __slots__ = ("__weakref__", "key", "mutable", "slots", "statics", "treedef")
 
-    def __init__(self, treedef: jtu.PyTreeDef, statics: tuple, key: Any):
+    def __init__(self, treedef: TreeDef, statics: tuple, key: Any):
         self.treedef = treedef
         self.statics = statics  # a leaf each; ARRAY where there is an array
         self.slots = tuple(i for i, leaf in enumerate(statics) if leaf is ARRAY)
@@ -206,7 +211,7 @@ class Structure:
         return f"Structure({self.treedef}, {self.statics})"
 
 
-def _has_mutable_node(treedef: jtu.PyTreeDef) -> bool:
+def _has_mutable_node(treedef: TreeDef) -> bool:
     node = treedef.node_data()
     if node is None:
         return False
@@ -220,7 +225,7 @@ _lock = threading.RLock()
 _interned: weakref.WeakValueDictionary[Any, Structure] = weakref.WeakValueDictionary()
 
 
-def _intern(treedef: jtu.PyTreeDef, statics: tuple) -> Structure:
+def _intern(treedef: TreeDef, statics: tuple) -> Structure:
     key = treedef_key(treedef), tuple(map(static_key, statics))
     with _lock:
         structure = _interned.get(key)
@@ -335,8 +340,9 @@ def _number_like(value: Any, dtype: Any) -> jax.Array:
             raise refusal
     elif dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.integer):
         low, high = (0, 1) if dtype == jnp.bool_ else _range(dtype)
-        exact = not isinstance(value, complex) and value == value // 1
-        if not exact or not low <= value <= high:
+        if isinstance(value, complex) or value != value // 1:
+            raise refusal
+        if not low <= value <= high:
             raise refusal
     else:  # a random key
         raise refusal
@@ -357,7 +363,7 @@ def same(a: Any, b: Any) -> bool:
         return True
     if not (eqx.is_array(a) and eqx.is_array(b)):
         return bool(static_key(a) == static_key(b))
-    if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+    if isinstance(a, Tracer) or isinstance(b, Tracer):
         raise TypeError("it is not known yet whether two traced arrays are the same")
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False

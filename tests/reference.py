@@ -14,7 +14,7 @@ followed by a sum, which would be contracted to one instruction with one roundin
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -145,9 +145,7 @@ def evaluate(expression: Any, store: Store, x: Any) -> Any:
         case Constant(value):
             return jnp.full((2,), value, jnp.int32)
         case Apply(op, left, right):
-            return OPERATIONS[op](
-                evaluate(left, store, x), evaluate(right, store, x)
-            )
+            return OPERATIONS[op](evaluate(left, store, x), evaluate(right, store, x))
     raise AssertionError(expression)
 
 
@@ -180,14 +178,6 @@ def execute(statement: Any, store: Store, x: Any) -> None:
                     raise
 
 
-def called(program: Program) -> Iterator[Program]:
-    """The bodies of nested calls, of which each is jitted once."""
-    for statement in program.statements:
-        if isinstance(statement, Call):
-            yield statement.body
-            yield from called(statement.body)
-
-
 def expressions() -> st.SearchStrategy:
     leaves = st.one_of(
         st.builds(Read, st.sampled_from(NAMES)),
@@ -196,7 +186,9 @@ def expressions() -> st.SearchStrategy:
     )
     return st.recursive(
         leaves,
-        lambda inner: st.builds(Apply, st.sampled_from(sorted(OPERATIONS)), inner, inner),
+        lambda inner: st.builds(
+            Apply, st.sampled_from(sorted(OPERATIONS)), inner, inner
+        ),
         max_leaves=3,
     )
 

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import sys
 import threading
 import weakref
 
@@ -322,10 +323,15 @@ def in_threads(*functions):
     threads = [
         threading.Thread(target=guarded, args=[f], daemon=True) for f in functions
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=20)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # as many interleavings as can be
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=20)
+    finally:
+        sys.setswitchinterval(interval)
     assert not any(thread.is_alive() for thread in threads), "deadlock"
     if errors:
         raise errors[0]
@@ -429,6 +435,43 @@ def test_questions_about_modules_in_threads_answer_with_their_own_states():
 
     in_threads(*[functools.partial(work, i) for i in range(4)])
     assert stats(fn)["size"] == 8
+
+
+def test_a_call_that_ends_during_anothers_trace_does_not_disturb_it():
+    running, tracing, ended = (threading.Event() for _ in range(3))
+
+    def wait_in_call(value):
+        if warm:
+            running.set()
+            tracing.wait(timeout=20)
+        return value
+
+    def step(module, x):
+        if x.shape == (3,):
+            tracing.set()
+            ended.wait(timeout=20)
+        value = module.state.value
+        return jax.pure_callback(wait_in_call, jax.typeof(value), value)
+
+    fn = sf.StatefulFunction(step)
+    short, long = jnp.ones(2), jnp.ones(3)
+    one, two = (Holder(sf.State(np.float32(i))) for i in (1, 2))
+    warm = False
+    assert fn(one, short) == 1.0
+    warm = True
+
+    def call():
+        assert fn(one, short) == 1.0
+        ended.set()
+
+    def trace():
+        assert running.wait(timeout=20)
+        assert fn(two, long) == 2.0
+
+    in_threads(call, trace)
+    assert fn.get_states(two, long) == (two.state,)
+    key = fn.get_arg_cache_key(two, long)
+    assert fn.get_states_by_cache(key) == (two.state,)
 
 
 # -- configuration ------------------------------------------------------------------

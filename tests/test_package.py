@@ -39,8 +39,11 @@ LAYERS = (
     ("_compiled",),
     ("_call",),
     ("_function",),
+    ("_rng",),
+    ("inspect",),
     ("transforms",),
-    ("nn", "optim", "inspect", "checkpoint", "sharding"),
+    ("optim",),
+    ("nn", "metrics", "checkpoint", "sharding"),
 )
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 # What a part imports of statefun, where that is less than the order above admits:

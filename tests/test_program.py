@@ -14,13 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 from jax import lax
 
 import statefun as sf
 from tests.reference import (
+    Argument,
+    Assign,
     Call,
+    Program,
+    Read,
     Reference,
     Refused,
     bits,
@@ -535,8 +538,16 @@ def test_every_way_to_run_a_program_gives_the_same_bits(program, initial, inputs
             assert bits(store.values) == bits(reference.values), type(store).__name__
 
 
-@settings(max_examples=25)
+WRITES_THEN_READS = Program((Assign("a", Argument()),), Read("b"))
+
+
+@settings(max_examples=100)
 @given(programs(), stores(), values())
+@example(
+    Program((Call(WRITES_THEN_READS, Argument(), "c", False),), Read("c")),
+    {name: jnp.array([1]) for name in "abc"},
+    jnp.array([2]),
+)
 def test_the_record_of_a_drawn_program_says_what_it_reads_and_writes(
     program, initial, x
 ):

@@ -419,7 +419,12 @@ def test_a_function_keeps_no_state_alive_after_calls_of_several_threads():
 
     counters = [Counter(sf.State(jnp.array(0))) for _ in range(4)]
     Counter(sf.State(jnp.array(0))).add()
-    together(*[functools.partial(lambda c: [c.add() for _ in range(100)], c) for c in counters])
+    together(
+        *[
+            functools.partial(lambda c: [c.add() for _ in range(100)], c)
+            for c in counters
+        ]
+    )
     gone = [weakref.ref(c.count) for c in counters]
     counters.clear()
     gc.collect()
@@ -481,7 +486,10 @@ def test_donating_calls_on_states_that_overlap_do_not_wait_for_each_other_for_ev
         t.value += 1
         s.value += 1
 
-    together(*[lambda: [one() for _ in range(100)]] * 2, *[lambda: [two() for _ in range(100)]] * 2)
+    together(
+        *[lambda: [one() for _ in range(100)]] * 2,
+        *[lambda: [two() for _ in range(100)]] * 2,
+    )
     assert s.value == t.value == 400
 
 

@@ -11,8 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import statefun as sf
 from statefun import _frame

@@ -114,7 +114,7 @@ def _label(eqn: Any, branches: int) -> str:
     inner = params.get("name")
     if isinstance(inner, str) and inner:
         return f"{name} {inner}"
-    return {"while": "while_loop", "remat2": "checkpoint"}.get(name, name)
+    return str({"while": "while_loop", "remat2": "checkpoint"}.get(name, name))
 
 
 def _merged(boxes: Iterable[Box]) -> tuple[Box, ...]:

@@ -137,9 +137,7 @@ class Present:
         yield from causes or [Cause("sharing")]
 
     def _arguments(self, entry: Entry, record: Record) -> Iterator[Cause]:
-        old = dict(
-            zip(_places(entry.signature), record.program.in_avals, strict=True)
-        )
+        old = dict(zip(_places(entry.signature), record.program.in_avals, strict=True))
         new = zip(_places(self.entry.signature), self.avals, strict=True)
         for keys, aval in new:
             before = old.get(keys)
@@ -193,13 +191,17 @@ def aval_text(aval: Any) -> str:
 
 def aval_change(old: Any, new: Any) -> tuple[str, str, str]:
     """What is different, and both as text."""
-    what = [part for part in ("shape", "dtype") if getattr(old, part) != getattr(new, part)]
+    what = [
+        part for part in ("shape", "dtype") if getattr(old, part) != getattr(new, part)
+    ]
     if what:
         return " and ".join(what), aval_text(old), aval_text(new)
     weak = ["weak" if getattr(a, "weak_type", False) else "strong" for a in (old, new)]
     if weak[0] != weak[1]:
-        return "weak type", *(f"{w} {aval_text(new)}" for w in weak)
-    return "sharding", *(text(getattr(a, "sharding", a)) for a in (old, new))
+        was, now = (f"{w} {aval_text(new)}" for w in weak)
+        return "weak type", was, now
+    was, now = (text(getattr(a, "sharding", a)) for a in (old, new))
+    return "sharding", was, now
 
 
 def state_change(
@@ -210,15 +212,15 @@ def state_change(
     if flat is _frame.UNSET:
         return None
     if present is not structure:
-        trees = [s.treedef.unflatten(s.statics) for s in (structure, present)]
-        for cause in _compare(*trees, ""):
+        before, after = (s.treedef.unflatten(s.statics) for s in (structure, present))
+        for cause in _compare(before, after, ""):
             return f"structure{_at(cause.where)}", cause.old, cause.new
         return "structure", text(structure.treedef), text(present.treedef)
     now = [jax.typeof(x) for x in leaves_of(flat, structure)]
     for path, new, old in zip(structure.paths(), now, avals, strict=True):
         if new != old:
-            what, *both = aval_change(old, new)
-            return f"{what}{_at(path)}", *both
+            what, was, is_now = aval_change(old, new)
+            return f"{what}{_at(path)}", was, is_now
     return None
 
 
@@ -278,7 +280,8 @@ def _compare(a: Any, b: Any, path: str) -> Iterator[Cause]:
         for field in dataclasses.fields(a):
             if not module or field.metadata.get("static", False):
                 yield from _compare(
-                    *(getattr(x, field.name, None) for x in (a, b)),
+                    getattr(a, field.name, None),
+                    getattr(b, field.name, None),
                     f"{path}.{field.name}",
                 )
         if module:

@@ -78,7 +78,7 @@ def svg(report: Report) -> str:
         start = middle + box.width
         pen.node(node, start + _ARROW, y, right)
         pen.arrow(start, start + _ARROW, y + row_height / 2 - _GAP / 2)
-    return picture.as_svg()
+    return str(picture.as_svg())
 
 
 def _short(text: str) -> str:

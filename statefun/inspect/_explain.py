@@ -247,6 +247,12 @@ def _cost(compiled: Any) -> Cost:
         found = getattr(memory, f"{name}_in_bytes", None)
         return None if found is None else int(found)
 
-    parts = [of(f"{kind}_size") for kind in ("argument", "output", "temp", "alias")]
-    peak = of("peak_memory")
-    return Cost(costs.get("flops"), costs.get("bytes accessed"), *parts, peak)
+    return Cost(
+        costs.get("flops"),
+        costs.get("bytes accessed"),
+        of("argument_size"),
+        of("output_size"),
+        of("temp_size"),
+        of("alias_size"),
+        of("peak_memory"),
+    )

@@ -56,10 +56,12 @@ def _summary(title: str, leaves: Sequence[Leaf]) -> Node | None:
     if not arrays:
         return None
     if len(arrays) == 1:
-        return Node(arrays[0].path, f"{arrays[0].type}, {size(arrays[0].bytes)}", 0, False)
+        return Node(
+            arrays[0].path, f"{arrays[0].type}, {size(arrays[0].bytes)}", 0, False
+        )
     total = size(sum(leaf.bytes for leaf in arrays))
     return Node(title, f"{len(arrays)} arrays, {total}", 0, False)
 
 
 def title_of(box: Box) -> str:
-    return box.label if box.times == 1 else f"{box.label} × {box.times}"
+    return box.label if box.times == 1 else f"{box.label} x {box.times}"

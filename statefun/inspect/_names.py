@@ -28,7 +28,9 @@ class Parameters:
             parameters = list(inspect.signature(fun).parameters.values())
         except (ValueError, TypeError):  # a builtin has no signature
             parameters = []
-        self._rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "")
+        self._rest = next(
+            (p.name for p in parameters if p.kind is p.VAR_POSITIONAL), ""
+        )
         self._names = [
             p.name
             for p in parameters
@@ -132,12 +134,14 @@ def _outset(fun: Any) -> Iterator[tuple[str, Any]]:
             yield name, default
         defaults = fun.__defaults__ or ()
         arguments = code.co_varnames[: code.co_argcount]
-        yield from zip(arguments[len(arguments) - len(defaults) :], defaults, strict=True)
+        yield from zip(
+            arguments[len(arguments) - len(defaults) :], defaults, strict=True
+        )
     elif hasattr(fun, "__wrapped__"):
         yield from _outset(fun.__wrapped__)
     elif callable(fun):
         yield "self", fun
-        yield from _outset(getattr(type(fun), "__call__", None))
+        yield from _outset(getattr(type(fun), "__call__", None))  # noqa: B004
 
 
 def _own_name(method: Callable) -> str:

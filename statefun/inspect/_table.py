@@ -121,7 +121,9 @@ def _leaves(title: str, leaves: Sequence[Leaf]) -> Any:
     table = _table(title, columns)
     shown = leaves if len(leaves) <= _MOST else leaves[: _MOST - 1]
     for leaf in shown:
-        note = "donated" if leaf.donated else "static" if leaf.static is not None else ""
+        note = (
+            "donated" if leaf.donated else "static" if leaf.static is not None else ""
+        )
         bytes = size(leaf.bytes) if leaf.static is None else ""
         _add(table, leaf.path, leaf.type, bytes, note)
     rest = leaves[len(shown) :]

@@ -7,10 +7,6 @@ from ._cse import cse as cse
 from ._dce import dce as dce
 from ._pipeline import (
     OPTIMIZATIONS as OPTIMIZATIONS,
-)
-from ._pipeline import (
     normalize_optimizations as normalize_optimizations,
-)
-from ._pipeline import (
     optimize_jaxpr as optimize_jaxpr,
 )

@@ -3,7 +3,5 @@
 from ._library import Metric as Metric
 from ._mean import (
     Accuracy as Accuracy,
-)
-from ._mean import (
     Mean as Mean,
 )

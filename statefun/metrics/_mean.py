@@ -139,7 +139,10 @@ class Accuracy(eqx.Module):
 
         **Raises:** `ValueError` if the shapes don't go together.
         """
-        if predictions.shape[:-1] == labels.shape and predictions.ndim == labels.ndim + 1:
+        if (
+            predictions.shape[:-1] == labels.shape
+            and predictions.ndim == labels.ndim + 1
+        ):
             predictions = jnp.argmax(predictions, axis=-1)
         elif predictions.shape != labels.shape:
             raise ValueError(

@@ -5,8 +5,6 @@ Everything else is in `equinox.nn`, and these take its place where they share a 
 
 from ._attention import (
     Cache as Cache,
-)
-from ._attention import (
     KVCache as KVCache,
 )
 from ._batch_norm import BatchNorm as BatchNorm
@@ -14,20 +12,12 @@ from ._dropout import Dropout as Dropout
 from ._ema import EMA as EMA
 from ._equinox import (
     FromEquinox as FromEquinox,
-)
-from ._equinox import (
     from_equinox as from_equinox,
-)
-from ._equinox import (
     to_equinox as to_equinox,
 )
 from ._mode import (
     InMode as InMode,
-)
-from ._mode import (
     inference_mode as inference_mode,
-)
-from ._mode import (
     train_mode as train_mode,
 )
 from ._recurrent import Recurrent as Recurrent

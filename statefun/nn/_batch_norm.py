@@ -138,8 +138,8 @@ class BatchNorm(eqx.Module):
         channel (a batch of one without spatial axes), of which there is no variance.
         """
         del key
-        batched = self.batch_axis is not None
-        y = jnp.moveaxis(x, self.batch_axis, 0) if batched else x[None]
+        axis = self.batch_axis
+        y = x[None] if axis is None else jnp.moveaxis(x, axis, 0)
         self._check_channels(x, y)
         y = y.astype(self.running_mean.value.dtype)
         if self.inference if inference is None else inference:
@@ -155,7 +155,7 @@ class BatchNorm(eqx.Module):
         if self.weight is not None and self.bias is not None:
             y = y * self._per_channel(self.weight, y) + self._per_channel(self.bias, y)
         y = y.astype(x.dtype)
-        return jnp.moveaxis(y, 0, self.batch_axis) if batched else y[0]
+        return y[0] if axis is None else jnp.moveaxis(y, 0, axis)
 
     def statistics(self) -> tuple[Array, Array]:
         """The mean and the variance that inference uses, each of shape `(input_size,)`.
@@ -218,7 +218,9 @@ class BatchNorm(eqx.Module):
             ) from error
 
     def _record(self, mean: Array, var: Array) -> None:
-        mean, var = lax.stop_gradient((mean, var)) if self.mode == "batch" else (mean, var)
+        mean, var = (
+            lax.stop_gradient((mean, var)) if self.mode == "batch" else (mean, var)
+        )
         first = self.count.value == 0
 
         def average(state: State[Array], new: Array) -> None:

@@ -41,7 +41,9 @@ class Dropout(eqx.Module):
     inference: bool
     rng: Rng | None
 
-    def __init__(self, p: float = 0.5, inference: bool = False, *, rng: Rng | None = None):
+    def __init__(
+        self, p: float = 0.5, inference: bool = False, *, rng: Rng | None = None
+    ):
         if isinstance(p, int | float) and not 0 <= p < 1:
             raise ValueError(f"`p` is {p}, but should be at least 0 and less than 1.")
         if rng is not None and not isinstance(rng, Rng):

@@ -58,7 +58,9 @@ class EMA(eqx.Module, Generic[T]):
         made: dict[Cell, State] = {}
 
         def convert(x: Any) -> Any:
-            return x if dtype is None or not eqx.is_inexact_array(x) else x.astype(dtype)
+            return (
+                x if dtype is None or not eqx.is_inexact_array(x) else x.astype(dtype)
+            )
 
         def copied(leaf: Any) -> Any:
             if not isinstance(leaf, Param):
@@ -81,7 +83,9 @@ class EMA(eqx.Module, Generic[T]):
         _frame.transaction(self._update)
 
     def _update(self) -> None:
-        pairs = zip(jtu.tree_leaves(self.tree), jtu.tree_leaves(self.average), strict=True)
+        pairs = zip(
+            jtu.tree_leaves(self.tree), jtu.tree_leaves(self.average), strict=True
+        )
         done: set[Cell] = set()
         for new, average in pairs:
             if isinstance(new, Param) and new._cell not in done:

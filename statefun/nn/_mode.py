@@ -101,5 +101,7 @@ def _mentions_flags(state: State) -> bool:
     """Whether the State's value has flags, or a State in it has."""
     value = state.value
     return _has_flags(value) or any(
-        _mentions_flags(leaf) for leaf in jtu.tree_leaves(value) if isinstance(leaf, State)
+        _mentions_flags(leaf)
+        for leaf in jtu.tree_leaves(value)
+        if isinstance(leaf, State)
     )

@@ -90,7 +90,7 @@ class Recurrent(eqx.Module):
             raise ValueError(
                 lesson(
                     f"Recurrent was given an input of shape {x.shape}, but takes "
-                    f"({', '.join(map(str, self.batch_shape + ('input_size',)))}).",
+                    f"({', '.join(map(str, (*self.batch_shape, 'input_size')))}).",
                     "every example of the batch has a hidden state of its own, and a "
                     "sequence is given one element after the other.",
                     "`Recurrent(cell, batch_shape=…)`; `sf.scan` over a sequence.",

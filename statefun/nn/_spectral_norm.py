@@ -115,7 +115,9 @@ class SpectralNorm(eqx.Module, Generic[L]):
         )
         return layer(x)  # type: ignore[operator]
 
-    def _iterated(self, w: Array, u: Array, v: Array, times: int) -> tuple[Array, Array]:
+    def _iterated(
+        self, w: Array, u: Array, v: Array, times: int
+    ) -> tuple[Array, Array]:
         for _ in range(times):
             u = w @ v
             u = u / jnp.maximum(self.eps, jnp.sqrt(jnp.sum(u**2)))

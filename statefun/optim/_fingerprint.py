@@ -17,9 +17,11 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
+from .._compat import Tracer
 from .._structure import _Identity, static_key, treedef_key
 
 _LARGE = 1 << 20  # bytes; such an array is not read back from its device to compare it
@@ -120,11 +122,11 @@ class _Walk:
         )
 
     def _array(self, array: Any) -> Hashable:
-        if isinstance(array, jax.core.Tracer) or array.nbytes > _LARGE:
+        if isinstance(array, Tracer) or array.nbytes > _LARGE:
             return _Identity(array)
         aval = jax.typeof(array)
         weak = getattr(aval, "weak_type", False)
-        if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
             array = jax.random.key_data(array)
         return aval.shape, aval.dtype, weak, np.asarray(array).tobytes()
 

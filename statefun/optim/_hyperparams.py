@@ -104,7 +104,9 @@ def _level(node: Any) -> tuple[list[tuple[str, Any]], Any] | None:
     """The children of a node of a pytree by key, and how to put it together again."""
     if node is None or jtu.all_leaves([node]):
         return None
-    children, treedef = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+    children, treedef = jtu.tree_flatten_with_path(
+        node, is_leaf=lambda x: x is not node
+    )
     return [(jtu.keystr(key), child) for key, child in children], treedef
 
 

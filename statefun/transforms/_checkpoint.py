@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 
 from .. import _frame
+from .._compat import eval_jaxpr
 from ._thread import (
     Wrapper,
     note_checks,
@@ -48,7 +49,7 @@ class _Checkpoint(Wrapper):
             jax.checkpoint, prevent_cse=self._prevent_cse, policy=self._policy
         )
         def pure(consts: Any, inputs: Any) -> Any:
-            return jax.core.eval_jaxpr(program.jaxpr, consts, *inputs)
+            return eval_jaxpr(program.jaxpr, consts, *inputs)
 
         leaves, writes = program.split(pure(list(program.consts), inputs))
         _frame.write(writes)

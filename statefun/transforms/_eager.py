@@ -6,11 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import jax
-
 from .. import _call
 from .._call import Caller
-from .._compat import at_top_level
+from .._compat import at_top_level, jit_disabled
 from .._compiled import Options
 from .._frame import local, transaction
 
@@ -28,7 +26,7 @@ def compiled_when_eager(twin: F) -> F:
 
     @functools.wraps(twin)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if local.frame is None and at_top_level() and not jax.config.jax_disable_jit:
+        if local.frame is None and at_top_level() and not jit_disabled():
             return caller.run(args, kwargs)
         return transaction(lambda: twin(*args, **kwargs))
 

@@ -13,6 +13,7 @@ import jax.tree_util as jtu
 from jax import lax
 
 from .. import _frame
+from .._compat import Tracer
 from .._errors import StateTraceError, lesson
 from .._frame import Cell, Value
 from .._program import Program
@@ -201,7 +202,7 @@ def _scan(
 
     loop = _Loop("scan", carry, run, [_element(x) for x in x_arrays])
     steps = x_arrays[0].shape[0] if x_arrays else length
-    body, x_arrays = with_progress(progress, steps, loop.step, x_arrays)
+    body, x_arrays = with_progress(progress, steps or 0, loop.step, x_arrays)
     final, ys = lax.scan(
         body, loop.init, x_arrays, length, reverse, unroll, **dict(options)
     )
@@ -347,7 +348,7 @@ def _fori_loop(
             lower, upper, lambda i, at: loop.step(at, [i])[0], loop.init, unroll=unroll
         )
         return loop.finish(final)[0]
-    if isinstance(lower, jax.core.Tracer) or isinstance(upper, jax.core.Tracer):
+    if isinstance(lower, Tracer) or isinstance(upper, Tracer):
         raise ValueError(
             "a progress bar needs loop bounds that are known when tracing."
         )
@@ -355,7 +356,7 @@ def _fori_loop(
     index = [jnp.arange(start, start + steps)]
     body, xs = with_progress(progress, steps, loop.step, index)
     options = {} if unroll is None else {"unroll": unroll}
-    final, _ = lax.scan(body, loop.init, xs, length=steps, **options)
+    final, _ = lax.scan(body, loop.init, xs, length=steps, **options)  # type: ignore[arg-type]
     return loop.finish(final)[0]
 
 

@@ -29,6 +29,6 @@ def with_progress(
             "`progress=` needs jax-tqdm: `pip install statefun[progress]`."
         ) from error
     title = {"desc": progress} if isinstance(progress, str) else {}
-    wrap = jax_tqdm.scan_tqdm(n, **title)
+    wrap = jax_tqdm.scan_tqdm(n, **title)  # type: ignore
     counted = jnp.arange(n), x
     return wrap(lambda carry, step: body(carry, step[1])), counted

@@ -115,12 +115,11 @@ class _ShardMap(Wrapper):
                 groups[i].append(flat)
             return dynamic, groups
 
+        options: Any = self._options
         in_specs = self._specs(args)
         if in_specs is not None:
             in_specs = (list(in_pieces.values()), *in_specs)
             options = self._options | {"in_specs": in_specs}
-        else:
-            options = self._options
         mapped = jax.shard_map(inner, out_specs=(self._out_specs, specs), **options)
         dynamic, groups = mapped([flat for flat, _ in values.values()], *arrays)
         queues = [iter(group) for group in groups]

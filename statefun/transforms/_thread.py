@@ -25,9 +25,9 @@ import jax
 import jax.tree_util as jtu
 
 from .. import _frame, _program
+from .._compat import eval_jaxpr
 from .._errors import StateValueError, lesson
-from .._frame import Cell, Overlay, Value
-from .._frame import transaction as transaction
+from .._frame import Cell, Overlay, Value, transaction as transaction
 from .._program import Program, pack, refuse_bare_state
 from .._state import State
 from .._structure import Structure, flatten, leaves_of
@@ -237,7 +237,7 @@ def evaluate(
     consts: Sequence[Any] | None = None,
 ) -> tuple[list[Any], dict[Cell, Value]]:
     """Runs a program: the arrays of the result, and the values of the written States."""
-    outputs = jax.core.eval_jaxpr(
+    outputs = eval_jaxpr(
         program.jaxpr,
         program.consts if consts is None else consts,
         *dynamic,

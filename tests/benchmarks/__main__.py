@@ -17,8 +17,7 @@ from pathlib import Path
 
 import jax
 
-from ._harness import Effort, measure, QUICK, Result, Row
-
+from ._harness import QUICK, Effort, Result, Row, measure
 
 COLUMNS = ("what", "unit", "statefun", "against", "", "ratio", "at most", "")
 LIBRARIES = (
@@ -86,7 +85,13 @@ def _cells(result: Result) -> tuple[str, ...]:
 
 
 def _figure(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    return (
+        f"{value:.2f}"
+        if value < 10
+        else f"{value:.1f}"
+        if value < 100
+        else f"{value:.0f}"
+    )
 
 
 def _show(table: Sequence[Sequence[str]]) -> None:
@@ -102,7 +107,9 @@ def _show(table: Sequence[Sequence[str]]) -> None:
             pretty.add_section()
         style = {"over": "red", "ok": "green"}.get(row[-1], "")
         # The name once for all who do the same work.
-        pretty.add_row(*(row if row[0] != name else ("", "", "", *row[3:])), style=style)
+        pretty.add_row(
+            *(row if row[0] != name else ("", "", "", *row[3:])), style=style
+        )
         name = row[0]
     width = None if sys.stdout.isatty() else 120
     Console(width=width).print(pretty)
@@ -129,7 +136,7 @@ def _conditions() -> str:
         try:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
-            versions.append(f"no {name}")
+            versions.append(f"{name} (not installed)")
     device = jax.devices()[0]
     where = f"{os.cpu_count()} cores, JAX on {device.platform} ({device.device_kind})"
     return f"{', '.join(versions)}; {where}"

@@ -8,8 +8,8 @@ how far statefun's cost may be from each of the others:
 `calls(build)` times calls that are made again and again; `build()` sets up the
 contenders, so that nothing of a row is alive while another one is measured.
 `first_calls(build)` times the first call of functions that are made anew each time, and
-`process_figures(commands)` takes a figure from new processes. What is not a time can be given as a function of
-its own from `Effort` to samples, with the unit beside it.
+`process_figures(commands)` takes a figure from new processes. What is not a time can be
+given as a function of its own from `Effort` to samples, with the unit beside it.
 
 The machine is never quiet, so a single time says little: each round measures all
 contenders one right after the other, in an order that is turned round every time, and
@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-
 
 OURS = "statefun"
 

@@ -10,9 +10,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import optax
-
 
 LAYERS, WIDTH, HEADS, VOCABULARY, LENGTH = 12, 16, 2, 32, 4
 

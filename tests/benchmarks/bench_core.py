@@ -11,20 +11,20 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+
 import statefun as sf
 
 from . import _transformer as net
 from ._harness import (
-    calls,
+    OURS,
     Contender,
     Effort,
-    first_calls,
-    OURS,
-    process_figures,
     Row,
     Samples,
+    calls,
+    first_calls,
+    process_figures,
 )
-
 
 PURE = "jax.jit, flat list"
 EQUINOX = "eqx.filter_jit"
@@ -170,7 +170,7 @@ def _stateful_step(
 
 
 def _held(peers: bool) -> Mapping[str, Contender]:
-    step, model, opt_state, tokens = _stateful_step()
+    step, model, _, tokens = _stateful_step()
     flat, leaves, _ = _flat_advance()
     pure = jax.jit(flat)
     found = {
@@ -321,7 +321,9 @@ ROWS = [
     ),
     Row(
         "import",
-        process_figures({OURS: _importing("statefun"), "equinox": _importing("equinox")}),
+        process_figures(
+            {OURS: _importing("statefun"), "equinox": _importing("equinox")}
+        ),
         {"equinox": 1.15},
     ),
 ]

@@ -233,9 +233,14 @@ def test_equation_that_cannot_run_here_is_left(monkeypatch):
 
 def test_numpy_is_not_asked_about_nan_and_subnormals():
     eqn = find(trace(lambda x: x + x, X), "add")
-    for value in (np.nan, 1e-40):
-        assert _evaluate.with_numpy(eqn, [np.float32(value)] * 2) is None
-    assert _evaluate.with_numpy(eqn, [np.float32(1e-37)] * 2) is not None
-    tiny = np.float32(1.2e-38)
+
+    def asked(eqn, *values):
+        values = [np.asarray(v, np.float32) for v in values]
+        return _evaluate.with_numpy(eqn, values) is not None
+
+    assert asked(eqn, 1e-37, 1e-37)
+    assert not asked(eqn, np.nan, np.nan)
+    assert not asked(eqn, 1e-40, 1e-40)
     eqn = find(trace(lambda x, y: x * y, X, X), "mul")
-    assert _evaluate.with_numpy(eqn, [tiny, np.float32(0.5)]) is None
+    assert not asked(eqn, 1.2e-38, 0.5)  # whose product is subnormal
+    assert not asked(eqn, np.inf, 0)

