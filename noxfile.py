@@ -33,6 +33,10 @@ CURRENT = f"{sys.version_info.major}.{sys.version_info.minor}"
 OTHER = "3.11" if CURRENT == "3.13" else "3.13"
 
 
+# The extras that parts of statefun need.
+PARTS = "display,diagram,progress,metrics"
+
+
 def install(session: nox.Session, extras: str = "") -> None:
     """Installs statefun in place, beside the jax known to work with this Python."""
     python = session.python if isinstance(session.python, str) else CURRENT
@@ -67,7 +71,7 @@ def train(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Runs the tests; all of them, with the floor on coverage, unless told which."""
-    install(session, "test,examples")
+    install(session, f"test,examples,{PARTS}")
     if session.posargs:
         run_tests(session, *session.posargs)
     else:
@@ -78,7 +82,7 @@ def tests(session: nox.Session) -> None:
 @nox.session(python=OTHER)
 def tests_pair(session: nox.Session) -> None:
     """Runs the tests on the other supported pair of Python and jax."""
-    install(session, "test,examples")
+    install(session, f"test,examples,{PARTS}")
     run_tests(session, *(session.posargs or PARALLEL))
 
 
@@ -87,7 +91,7 @@ def tests_floor(session: nox.Session) -> None:
     """Runs the tests on the oldest dependencies that are admitted (needs uv)."""
     session.install("--resolution=lowest-direct", "-e", ".")
     # In a second step: the floors asked about are statefun's, not those of the tools.
-    session.install("-e", ".[test,examples]")
+    session.install("-e", f".[test,examples,{PARTS}]")
     run_tests(session, *(session.posargs or PARALLEL))
 
 
@@ -103,7 +107,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Checks the types of statefun/."""
-    install(session)
+    install(session, PARTS)
     install_tool(session, "pyright")
     session.run("pyright", *(session.posargs or ("statefun/",)))
 

@@ -35,13 +35,22 @@ class CacheKey(NamedTuple):
     dyn_kwargs: tuple
 
 
-class Record:
-    """A program, and what a call needs to know about it.
+class Token:
+    """The name of a record, which says which of the compiled versions has run.
 
-    The jitted function returns its arrays under its record: a dict with the record as
-    the only key is taken apart and put together in C++, and so tells the caller which
-    of the compiled versions ran.
+    The jitted function returns its arrays in a dict with the token as the only key: JAX
+    takes that apart and puts it together in C++. JAX's own caches keep the key for good,
+    so it must not keep the record alive, and with it what the function closes over.
     """
+
+    __slots__ = ("record",)
+
+    def __init__(self, record: Record):
+        self.record = weakref.ref(record)
+
+
+class Record:
+    """A program, and what a call needs to know about it."""
 
     __slots__ = (
         "__weakref__",
@@ -64,6 +73,7 @@ class Record:
         "structures",
         "targets",
         "tick",
+        "token",
         "written",
     )
 
@@ -76,6 +86,7 @@ class Record:
         self.single = program.out.is_array
         self.nothing = program.out.is_none
         self.tick = 0
+        self.token = Token(self)
         self.filed = False
         self.forgotten = False  # it closed over tracers, see `forget_jaxpr`
         self.compiled: Any = None  # for calls inside of a trace: just what it reads

@@ -224,7 +224,8 @@ class Fast:
             out = compiled.jit(args, flats)
         except (Restart, Eager):
             return caller.run(args, kwargs)
-        record, arrays = out.popitem()
+        token, arrays = out.popitem()
+        record = token.record()
         cells = record.cells
         if cells:
             again = False
@@ -650,7 +651,8 @@ class Entry:
             except Restart:
                 self.prepare(dynamic, states)
                 continue
-            record, arrays = out.popitem()
+            token, arrays = out.popitem()
+            record = token.record()
             self._used(record)
             leaves = arrays[: record.n_out]
             if checked:
@@ -702,7 +704,8 @@ class Entry:
                 except Restart:
                     self.prepare(dynamic, states)
                     continue
-                record, arrays = out.popitem()
+                token, arrays = out.popitem()
+                record = token.record()
                 leaves, new = arrays[: record.n_out], arrays[record.n_out :]
                 untouched = compiled.untouched(record)
                 with lock:
@@ -728,7 +731,8 @@ class Entry:
         flats = [_frame.read(cell)[0] for cell in _cells(compiled.targets, states)]
         # Plain `jax.jit`: the outermost call looks after runtime checks.
         out = compiled.jit(*compiled.arguments(dynamic, flats))
-        record, arrays = out.popitem()
+        token, arrays = out.popitem()
+        record = token.record()
         leaves, written = arrays[: record.n_out], arrays[record.n_out :]
         self._used(record)
         targets = _cells(record.targets, states)

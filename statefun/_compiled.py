@@ -87,6 +87,7 @@ class Compiled:
         self.structures = inputs.structures
         self.consts = inputs.consts
         self.donated = inputs.donated
+        self._records: list[Record] = []  # of the programs compiled here
         self.epoch = -1  # of `shared.structures`, when the structures last fitted
 
         def body(dynamic, flats, consts=(), given=(), given_flats=()):  # type: ignore[no-untyped-def]
@@ -193,7 +194,9 @@ class Compiled:
         self._entry.done(record)
         written = [flat for flat, _ in writes.values()]
         kept = [flats[i] for i in self.untouched(record)]
-        return {record: [*leaves, *written, *kept]}
+        if record not in self._records:
+            self._records.append(record)
+        return {record.token: [*leaves, *written, *kept]}
 
     def _covers(self, record: Record) -> bool:
         """Whether everything that the program needs is an input here."""

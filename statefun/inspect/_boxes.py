@@ -101,6 +101,8 @@ def _box(eqn: Any, around: tuple[str, ...]) -> Box | None:
     subs = [getattr(sub, "jaxpr", sub) for sub in jec.jaxprs_in_params(eqn.params)]
     if not subs:
         return None
+    if not _size(eqn):  # what is left of a function of which only the result counts
+        return None
     inside = [box for sub in subs for box in _inside(sub, around)]
     return Box(_label(eqn, len(subs)), _size(eqn), _merged(inside))
 
@@ -114,7 +116,7 @@ def _label(eqn: Any, branches: int) -> str:
     inner = params.get("name")
     if isinstance(inner, str) and inner:
         return f"{name} {inner}"
-    return str({"while": "while_loop", "remat2": "checkpoint"}.get(name, name))
+    return "while_loop" if name == "while" else str(name)
 
 
 def _merged(boxes: Iterable[Box]) -> tuple[Box, ...]:

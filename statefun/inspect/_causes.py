@@ -96,6 +96,9 @@ class Present:
         self._context = trace_context()
         self.parameters = Parameters(entry.caller.fun)
         self._captured: Captured | None = None
+        self._avals: dict[Cell, tuple] = {}
+        # In another entry, the State at the same place of the arguments.
+        self._by_path = {cell.path: cell for cell in entry.arg_cells}
 
     def name(self, cell: Cell) -> str:
         if cell.path:
@@ -104,7 +107,7 @@ class Present:
             # What is passed may be a function, too: the body of a scan.
             arguments = [
                 (self.parameters.path(keys), leaf)
-                for keys, leaf in _leaves_with_path(self.entry.signature)
+                for keys, leaf in leaves_with_path(self.entry.signature)
                 if not isinstance(leaf, State)
             ]
             self._captured = Captured(self.entry.caller.fun, arguments)
@@ -112,6 +115,37 @@ class Present:
 
     def current(self, cell: Cell) -> Value:
         return self.known.get(cell) or _frame.current(cell)
+
+    def distance(self, entry: Entry, record: Record) -> int:
+        """About how many differences there are to an earlier trace, found out fast."""
+        n = int(record.context is not self._context)
+        old = record.key
+        for a, b in (
+            (old.static_args, self.key.static_args),
+            (old.static_kwargs, self.key.static_kwargs),
+            (old.dyn_args, self.key.dyn_args),
+            (old.dyn_kwargs, self.key.dyn_kwargs),
+        ):
+            n += _count(a, b)
+        for cell, structure, avals in record.program.reads_with_avals():
+            here = self._here(entry, cell)
+            if here is not None:
+                flat, present = self.current(here)
+                if present is not structure:
+                    n += 1
+                elif flat is not _frame.UNSET:
+                    n += _count(avals, self._state_avals(here, flat, structure))
+        return n
+
+    def _here(self, entry: Entry, cell: Cell) -> Cell | None:
+        return self._by_path.get(cell.path) if cell in entry.arg_cells else cell
+
+    def _state_avals(self, cell: Cell, flat: Any, structure: Structure) -> tuple:
+        found = self._avals.get(cell)
+        if found is None:
+            found = tuple(jax.typeof(x) for x in leaves_of(flat, structure))
+            self._avals[cell] = found
+        return found
 
     def differences(self, entry: Entry, record: Record, before: dict) -> list[Cause]:
         """What is different from an earlier trace."""
@@ -137,6 +171,8 @@ class Present:
         yield from causes or [Cause("sharing")]
 
     def _arguments(self, entry: Entry, record: Record) -> Iterator[Cause]:
+        if record.program.in_avals == self.avals and entry is self.entry:
+            return
         old = dict(zip(_places(entry.signature), record.program.in_avals, strict=True))
         new = zip(_places(self.entry.signature), self.avals, strict=True)
         for keys, aval in new:
@@ -147,10 +183,8 @@ class Present:
                 )
 
     def _states(self, entry: Entry, record: Record) -> Iterator[Cause]:
-        mine = {cell.path: cell for cell in self.entry.arg_cells}
         for cell, structure, avals in record.program.reads_with_avals():
-            # The stand-ins of another entry have the same places in the arguments.
-            here = mine.get(cell.path) if cell in entry.arg_cells else cell
+            here = self._here(entry, cell)
             if here is None:
                 continue
             change = state_change(self.current(here), structure, avals)
@@ -162,10 +196,22 @@ class Present:
 
     def _argument_name(self, cell: Cell) -> str:
         signature = self.entry.signature
-        for keys, leaf in _leaves_with_path(signature):
+        for keys, leaf in leaves_with_path(signature):
             if isinstance(leaf, State) and leaf._cell is cell:
                 return self.parameters.path(keys)
         return cell.path or cell.describe()
+
+
+def _count(a: Any, b: Any) -> int:
+    """In how many places two nested tuples differ."""
+    if a is b:
+        return 0
+    if type(a) is tuple and type(b) is tuple and len(a) == len(b):
+        return sum(_count(x, y) for x, y in zip(a, b, strict=True) if x is not y)
+    try:
+        return int(bool(a != b)) if type(a) is not tuple else 8
+    except Exception:  # an `==` of the user's that raises
+        return 1
 
 
 def configuration() -> dict[str, Any]:
@@ -198,10 +244,10 @@ def aval_change(old: Any, new: Any) -> tuple[str, str, str]:
         return " and ".join(what), aval_text(old), aval_text(new)
     weak = ["weak" if getattr(a, "weak_type", False) else "strong" for a in (old, new)]
     if weak[0] != weak[1]:
-        was, now = (f"{w} {aval_text(new)}" for w in weak)
-        return "weak type", was, now
-    was, now = (text(getattr(a, "sharding", a)) for a in (old, new))
-    return "sharding", was, now
+        both = [f"{word} {aval_text(new)}" for word in weak]
+        return "weak type", both[0], both[1]
+    both = [text(getattr(a, "sharding", a)) for a in (old, new)]
+    return "sharding", both[0], both[1]
 
 
 def state_change(
@@ -212,15 +258,15 @@ def state_change(
     if flat is _frame.UNSET:
         return None
     if present is not structure:
-        before, after = (s.treedef.unflatten(s.statics) for s in (structure, present))
-        for cause in _compare(before, after, ""):
+        trees = [s.treedef.unflatten(s.statics) for s in (structure, present)]
+        for cause in _compare(trees[0], trees[1], ""):
             return f"structure{_at(cause.where)}", cause.old, cause.new
         return "structure", text(structure.treedef), text(present.treedef)
     now = [jax.typeof(x) for x in leaves_of(flat, structure)]
     for path, new, old in zip(structure.paths(), now, avals, strict=True):
         if new != old:
-            what, was, is_now = aval_change(old, new)
-            return f"{what}{_at(path)}", was, is_now
+            what, before, after = aval_change(old, new)
+            return f"{what}{_at(path)}", before, after
     return None
 
 
@@ -231,14 +277,14 @@ def _at(path: str) -> str:
 # -- what is static -----------------------------------------------------------------
 
 
-def _leaves_with_path(signature: Signature) -> list[tuple[tuple, Any]]:
+def leaves_with_path(signature: Signature) -> list[tuple[tuple, Any]]:
     tree = signature.treedef.unflatten(range(len(signature.leaves)))
     return [(keys, signature.leaves[i]) for keys, i in jtu.tree_leaves_with_path(tree)]
 
 
 def _places(signature: Signature) -> list[tuple]:
     """The places of the arrays."""
-    return [keys for keys, leaf in _leaves_with_path(signature) if leaf is ARRAY]
+    return [keys for keys, leaf in leaves_with_path(signature) if leaf is ARRAY]
 
 
 def _compare_calls(
@@ -258,7 +304,7 @@ def _compare_calls(
         texts = [", ".join(names) or "none" for names in given]
         if texts[0] == texts[1]:  # the same ones, but by position or by name
             texts = [f"{len(a)} by position" for a in (old_args, new_args)]
-        yield Cause("structure", "", "structure", *texts)
+        yield Cause("structure", "", "structure", texts[0], texts[1])
 
 
 def _compare(a: Any, b: Any, path: str) -> Iterator[Cause]:
@@ -266,31 +312,31 @@ def _compare(a: Any, b: Any, path: str) -> Iterator[Cause]:
     a, b = (x.value if type(x) is Static else x for x in (a, b))
     if a is b:
         return
-    if type(a) is not type(b) and not (_is_leaf(a) and _is_leaf(b)):
-        yield Cause("structure", path, "structure", _kind(a), _kind(b))
-    elif isinstance(a, State):
+    leaves = _is_leaf(a), _is_leaf(b)
+    special = any(x is ARRAY or isinstance(x, State) for x in (a, b))
+    if type(a) is not type(b) and not all(leaves):
+        yield _other_kind(a, b, path)
+    elif special:
         if type(a) is not type(b):
-            yield Cause("structure", path, "structure", _kind(a), _kind(b))
-    elif ARRAY in (a, b) if _is_leaf(a) else False:
-        yield Cause("structure", path, "structure", _kind(a), _kind(b))
+            yield _other_kind(a, b, path)
     elif type(a) is type(b) and dataclasses.is_dataclass(a):
         # The configuration that users pass: its fields say more than its repr. Of a
         # module only the static fields are looked at here, the others are its children.
-        module = not _is_leaf(a)
         for field in dataclasses.fields(a):
-            if not module or field.metadata.get("static", False):
-                yield from _compare(
-                    getattr(a, field.name, None),
-                    getattr(b, field.name, None),
-                    f"{path}.{field.name}",
-                )
-        if module:
+            if leaves[0] or field.metadata.get("static", False):
+                fields = [getattr(x, field.name, None) for x in (a, b)]
+                yield from _compare(fields[0], fields[1], f"{path}.{field.name}")
+        if not leaves[0]:
             yield from _compare_children(a, b, path)
-    elif _is_leaf(a):
+    elif leaves[0]:
         if not _same(a, b):
             yield Cause("static", path, "value", *_both(a, b))
     else:
         yield from _compare_children(a, b, path)
+
+
+def _other_kind(a: Any, b: Any, path: str) -> Cause:
+    return Cause("structure", path, "structure", _kind(a), _kind(b))
 
 
 def _compare_children(a: Any, b: Any, path: str) -> Iterator[Cause]:
@@ -334,7 +380,9 @@ def _both(a: Any, b: Any) -> tuple[str, str]:
 def _kind(x: Any) -> str:
     if x is ARRAY or eqx.is_array(x):
         return "an array"
-    return text(x) if _is_leaf(x) and not isinstance(x, State) else type(x).__name__
+    if x is None or (_is_leaf(x) and not isinstance(x, State)):
+        return text(x)
+    return type(x).__name__
 
 
 def text(x: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ._boxes import Box
 from ._extras import missing
-from ._flow import Node, flow, title_of
+from ._flow import Node, detail_of, flow, title_of
 from ._report import Report
 
 _SIZE = 12
@@ -25,7 +25,7 @@ _PAD = 10
 _GAP = 10
 _ARROW = 48
 _MARGIN = 16
-_LONGEST = 44  # characters of a label; the whole of it shows as a tool tip
+_LONGEST = 52  # characters of a label; the whole of it shows as a tool tip
 _MOST = 24  # boxes inside of one: the rest is counted
 
 _INK, _FAINT, _PAPER = "#1f2933", "#52606d", "#ffffff"
@@ -103,7 +103,7 @@ def _measure(box: Box) -> _Placed:
     if rest:
         n = sum(inner.equations * inner.times for inner in rest)
         inside.append(_measure(Box(f"{len(rest)} more", n)))
-    title, detail = title_of(box), f"{box.equations} equations"
+    title, detail = title_of(box), detail_of(box)
     width = max(_wide(title, detail), *(p.width + 2 * _PAD for p in inside), 0)
     height = 2 * _LINE + _PAD + sum(p.height + _GAP for p in inside)
     return _Placed(title, detail, tuple(inside), width, height)
@@ -150,6 +150,6 @@ class _Pen:
 
     def arrow(self, x: float, to: float, y: float) -> None:
         line = self._d.Line(
-            x + 3, y, to - 14, y, stroke=_FAINT, stroke_width=1.5, marker_end=self._head
+            x + 3, y, to - 16, y, stroke=_FAINT, stroke_width=1.5, marker_end=self._head
         )
         self._picture.append(line)

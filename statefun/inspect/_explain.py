@@ -10,16 +10,19 @@ import jax
 import jax.extend.core as jec
 import jax.tree_util as jtu
 
+from .._args import Static
 from .._cache import Record
 from .._call import Caller, Entry
 from .._compiled import Options
 from .._frame import Cell
 from .._function import StatefulFunction, name_of
-from .._program import Program, Reference
+from .._program import Argument, Program, Reference
+from .._state import State
 from .._structure import ARRAY, Structure
 from ..ir import OPTIMIZATIONS, optimize_jaxpr
+from ..transforms import Jitted
 from ._boxes import box_of, count
-from ._causes import aval_text, text
+from ._causes import aval_text, leaves_with_path, text
 from ._names import Captured, Parameters
 from ._report import Cost, Leaf, Report, StateUse, type_of
 from ._retraces import unobserved
@@ -79,7 +82,7 @@ def explain(
                 # What is compiled is what the function itself would compile.
                 record.program = dataclasses.replace(program, closed=optimized)
             cost = _cost(caller.ahead_of_time(args, kwargs).traced.lower().compile())
-    looked_at = _Traced(fun, options, entry, record, program, args, kwargs)
+    looked_at = _Traced(fun, options, entry, record, program)
     return Report(
         name=options.name,
         states=looked_at.states(),
@@ -99,15 +102,12 @@ def _unwrapped(fn: Any, args: tuple) -> tuple[Any, Options, tuple]:
     """The function underneath, how it is to be compiled, and all its arguments."""
     bound = getattr(fn, "__self__", None)
     function = getattr(fn, "__func__", None)
-    if bound is not None and isinstance(getattr(function, "_caller", None), Caller):
+    if bound is not None and isinstance(function, Jitted):
         fn, args = function, (bound, *args)  # a jitted method
     if not callable(fn):
         raise TypeError(f"explain takes a function and its arguments, not {fn!r}.")
-    caller = getattr(fn, "_caller", None)
-    if isinstance(caller, Caller) and not hasattr(fn, "retraces_of"):
-        return caller.fun, caller.options, args
-    if isinstance(fn, StatefulFunction):
-        return fn.fun, fn._caller.options, args
+    if isinstance(fn, Jitted | StatefulFunction):
+        return fn._caller.fun, fn._caller.options, args
     return fn, Options(name=name_of(fn)), args
 
 
@@ -121,27 +121,25 @@ class _Traced:
         entry: Entry,
         record: Record,
         program: Program,
-        args: tuple,
-        kwargs: dict,
     ):
         self.options, self.entry, self.record = options, entry, record
         self.program = program
         self.parameters = Parameters(fun)
-        self.places = jtu.tree_leaves_with_path((args, kwargs))
-        named = [
-            (self.parameters.path(keys), leaf)
-            for keys, leaf in self.places
-            if callable(leaf)
+        self.leaves = [
+            (self.parameters.path(keys), leaf.value if type(leaf) is Static else leaf)
+            for keys, leaf in leaves_with_path(entry.signature)
         ]
-        self.captured = Captured(fun, named)
+        # What is passed may be a function, too: the body of a scan.
+        self.captured = Captured(
+            fun, [pair for pair in self.leaves if callable(pair[1])]
+        )
 
     # -- States --
 
     def states(self) -> tuple[StateUse, ...]:
-        cells = self.entry._actual(self.program.order)
-        return tuple(map(self._use, self.program.order, cells))
+        return tuple(map(self._use, self.program.order))
 
-    def _use(self, cell: Cell, actual: Cell) -> StateUse:
+    def _use(self, cell: Cell) -> StateUse:
         program = self.program
         read, written = cell in program.reads, cell in program.writes
         structure = program.reads[cell] if read else program.writes[cell]
@@ -153,7 +151,7 @@ class _Traced:
                 becomes = type_of(new)
         donates = self.options.donate_states and not self.record.may_fail
         return StateUse(
-            path=self._path(cell, actual),
+            path=self._path(cell),
             kind=cell.kind.__name__,
             name=cell.name,
             created_at=cell.where,
@@ -164,12 +162,13 @@ class _Traced:
             donated=donates and read and written,
         )
 
-    def _path(self, cell: Cell, actual: Cell) -> str | None:
-        if cell in self.entry.arg_cells:
-            for keys, leaf in self.places:
-                if getattr(leaf, "_cell", None) is actual:
-                    return self.parameters.path(keys)
-        return self.captured.states.get(actual) or actual.path
+    def _path(self, cell: Cell) -> str | None:
+        for path, leaf in self.leaves:
+            # One that is reached in another way as well has no stand-in.
+            mine = isinstance(leaf, State) and leaf._cell is cell
+            if mine or (type(leaf) is Reference and leaf.cell is cell):
+                return path
+        return self.captured.states.get(cell) or cell.path
 
     # -- arrays --
 
@@ -177,15 +176,12 @@ class _Traced:
         donated = set() if self.record.may_fail else set(self.entry.donated)
         avals = iter(enumerate(self.program.in_avals))
         found = []
-        signature = self.entry.signature
-        for (keys, _), leaf in zip(self.places, signature.leaves, strict=True):
-            path = self.parameters.path(keys)
+        for path, leaf in self.leaves:
             if leaf is ARRAY:
                 i, aval = next(avals)
                 found.append(_leaf(path, aval, donated=i in donated))
-            elif not hasattr(leaf, "_cell") and type(leaf) is not Reference:
-                static = leaf.value if hasattr(leaf, "key") else leaf
-                found.append(Leaf(path, static=text(static)))
+            elif not isinstance(leaf, State) and type(leaf) is not Reference:
+                found.append(Leaf(path, static=text(leaf)))
         return tuple(found)
 
     def outputs(self) -> tuple[Leaf, ...]:
@@ -198,10 +194,17 @@ class _Traced:
             if leaf is ARRAY:
                 found.append(_leaf(path, next(avals)))
             elif type(leaf) is Reference:
-                found.append(Leaf(path, static=leaf.cell.describe()))
+                found.append(Leaf(path, static=self._described(leaf.cell)))
+            elif type(leaf) is Argument:
+                stand_in = self.entry.signature.stand_ins[leaf.index]
+                found.append(Leaf(path, static=self._described(stand_in._cell)))
             else:
                 found.append(Leaf(path, static=text(leaf)))
         return tuple(found)
+
+    def _described(self, cell: Cell) -> str:
+        label = self._path(cell) or cell.name or f"created at {cell.where}"
+        return f"{cell.kind.__name__} {label}"
 
     def constants(self) -> tuple[Leaf, ...]:
         consts = {id(c): c for c in _consts(self.program.closed)}
@@ -248,11 +251,11 @@ def _cost(compiled: Any) -> Cost:
         return None if found is None else int(found)
 
     return Cost(
-        costs.get("flops"),
-        costs.get("bytes accessed"),
-        of("argument_size"),
-        of("output_size"),
-        of("temp_size"),
-        of("alias_size"),
-        of("peak_memory"),
+        flops=costs.get("flops"),
+        bytes_accessed=costs.get("bytes accessed"),
+        argument_bytes=of("argument_size"),
+        output_bytes=of("output_size"),
+        temporary_bytes=of("temp_size"),
+        aliased_bytes=of("alias_size"),
+        peak_bytes=of("peak_memory"),
     )

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from ._boxes import Box
-from ._report import Leaf, Report, StateUse, size
+from ._report import Leaf, Report, StateUse, plural, size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,22 +33,18 @@ def flow(report: Report) -> tuple[list[Node], list[Node]]:
     outputs = [dataclasses.replace(n, row=i) for i, n in enumerate(filter(None, right))]
     first = max(len(inputs), len(outputs))
     for row, use in enumerate(report.states, first):
-        node = Node(use.label, _detail(use), row, True)
+        donated = ", donated" if use.donated else ""
+        node = Node(use.label, _detail(use) + donated, row, True)
         if use.read:
             inputs.append(node)
         if use.written:
-            after = use.becomes
-            outputs.append(
-                node
-                if after is None
-                else dataclasses.replace(node, detail=f"{use.kind} {after}")
-            )
+            detail = f"{use.kind} {use.becomes}" if use.becomes else _detail(use)
+            outputs.append(dataclasses.replace(node, detail=detail))
     return inputs, outputs
 
 
 def _detail(use: StateUse) -> str:
-    donated = ", donated" if use.donated else ""
-    return f"{use.kind} {use.type}, {size(use.bytes)}{donated}"
+    return f"{use.kind} {use.type}, {size(use.bytes)}"
 
 
 def _summary(title: str, leaves: Sequence[Leaf]) -> Node | None:
@@ -65,3 +61,7 @@ def _summary(title: str, leaves: Sequence[Leaf]) -> Node | None:
 
 def title_of(box: Box) -> str:
     return box.label if box.times == 1 else f"{box.label} x {box.times}"
+
+
+def detail_of(box: Box) -> str:
+    return plural(box.equations, "equation")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ._boxes import Box
-from ._flow import Node, flow, title_of
+from ._flow import Node, detail_of, flow, title_of
 from ._report import Report
 
 
@@ -35,7 +35,7 @@ class _Subgraphs:
         self._made += 1
         # A subgraph without a node in it would be drawn as a node.
         yield f'{indent}subgraph {name}["{_escape(title_of(box))}"]'
-        yield f'{indent}  {name}n["{box.equations} equations"]'
+        yield f'{indent}  {name}n["{detail_of(box)}"]'
         for inner in box.inside:
             yield from self.lines(inner, indent + "  ")
         yield f"{indent}end"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -92,11 +93,12 @@ class Captured:
             self.arrays.setdefault(id(thing), name)
         elif isinstance(thing, _FUNCTIONS) or hasattr(thing, "__wrapped__"):
             # What a helper closes over has a name of its own there.
-            yield from _outset(thing)
+            if not _of_a_library(getattr(thing, "__module__", "")):
+                yield from _outset(thing)
         elif not jtu.all_leaves([thing]):
             yield from _leaves(name, thing)
-        elif isinstance(getattr(thing, "__dict__", None), dict):
-            for key, value in list(vars(thing).items()):
+        elif not _of_a_library(type(thing).__module__):
+            for key, value in list(getattr(thing, "__dict__", {}).items()):
                 yield f"{name}.{key}", value
 
 
@@ -104,8 +106,22 @@ _PLAIN = (str, bytes, bool, int, float, complex, type(None), type, types.ModuleT
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
 
+# Their functions and objects hold none of the user's States that is not reached otherwise,
+# and mention thousands of things.
+_LIBRARIES = {"jax", "jaxlib", "equinox", "numpy", "optax", "jaxtyping", "statefun"}
+_LIBRARIES |= sys.stdlib_module_names - {"__main__"}
+
+
+def _of_a_library(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in _LIBRARIES
+
+
 def _leaves(name: str, tree: Any) -> Iterator[tuple[str, Any]]:
-    for keys, leaf in jtu.tree_leaves_with_path(tree):
+    try:
+        leaves = jtu.tree_leaves_with_path(tree)
+    except ValueError:  # a dict whose keys can't be sorted
+        return
+    for keys, leaf in leaves:
         yield name + jtu.keystr(keys), leaf
 
 
@@ -141,7 +157,7 @@ def _outset(fun: Any) -> Iterator[tuple[str, Any]]:
         yield from _outset(fun.__wrapped__)
     elif callable(fun):
         yield "self", fun
-        yield from _outset(getattr(type(fun), "__call__", None))  # noqa: B004
+        yield from _outset(vars(type(fun)).get("__call__"))
 
 
 def _own_name(method: Callable) -> str:

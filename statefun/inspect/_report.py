@@ -90,8 +90,9 @@ def type_of(arrays: tuple[Leaf, ...]) -> str:
         return arrays[0].type
     if not arrays:
         return "no arrays"
-    dtypes = dict.fromkeys(str(leaf.dtype) for leaf in arrays)
-    return f"{len(arrays)} arrays of {', '.join(dtypes)}"
+    dtypes = list(dict.fromkeys(str(leaf.dtype) for leaf in arrays))
+    more = ", …" if len(dtypes) > 2 else ""
+    return f"{len(arrays)} arrays of {', '.join(dtypes[:2])}{more}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +232,10 @@ def _leaf(leaf: Leaf) -> dict[str, Any]:
     found = dataclasses.asdict(leaf)
     found["shape"] = None if leaf.shape is None else list(leaf.shape)
     return found
+
+
+def plural(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def size(n: float) -> str:

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from ._causes import Cause, Kind, Present
 
 KEPT = 100
 _GHOSTS = 256  # traces that are gone, but may still be asked for again
+_LOOKED_AT = 32
 
 logger = logging.getLogger("statefun")
 
@@ -108,7 +109,8 @@ class _History:
         self.configurations = weakref.WeakKeyDictionary()
         self.begun = 0
         self.last = ""  # how the last trace went
-        self.pending: dict[int, dict] = {}
+        # The configurations of traces under way, by thread and what is traced.
+        self.pending: OrderedDict[tuple[int, int], dict] = OrderedDict()
         self.limits: list[tuple[int, int]] = []  # begun when it was set, and how many
 
     def causes(self, present: Present) -> tuple[Cause, ...]:
@@ -116,20 +118,22 @@ class _History:
             if ghost.matches(present):
                 self.ghosts.remove(ghost)
                 return (ghost.cause,)
-        best: list[Cause] = []
         records = [
             (record, entry)
             for entry in list(present.entry.caller.entries.values())
             for record in list(entry.records)
+            if record in self.configurations
         ]
-        for record, entry in sorted(records, key=lambda r: -r[0].tick):
-            before = self.configurations.get(record)
-            if before is None:
-                continue
-            found = present.differences(entry, record, before)
-            if not best or len(found) < len(best):
-                best = found
-        return tuple(best) or (self._alone(present),)
+        records.sort(key=lambda found: -found[0].tick)
+        # The most similar of the newest: looking closely takes time.
+        near = sorted(
+            records[:_LOOKED_AT], key=lambda found: present.distance(found[1], found[0])
+        )
+        for record, entry in near[:2]:
+            causes = present.differences(entry, record, self.configurations[record])
+            if causes:
+                return tuple(causes)
+        return (self._alone(present),)
 
     def _alone(self, present: Present) -> Cause:
         """Where there is no other trace to compare with."""
@@ -169,16 +173,21 @@ class _Observer(Observer):
             history.begun += 1
             history.retraces.append(retrace)
             history.last = "failed"  # until it has come to its end
-            history.pending[threading.get_ident()] = present.configuration
+            under_way = threading.get_ident(), hash(present.key)
+            history.pending[under_way] = present.configuration
+            if len(history.pending) > KEPT:  # those that raised
+                history.pending.popitem(last=False)
         if _logs():
             logger.warning("%s", retrace)
 
     def traced(self, entry: Entry, record: Record) -> None:
         history = _history(entry.caller)
-        configuration = history.pending.pop(threading.get_ident(), None)
-        history.last = "tracer" if record.program.closed_over_tracers else "kept"
-        if configuration is not None:
-            history.configurations[record] = configuration
+        with self._lock:
+            history.last = "tracer" if record.program.closed_over_tracers else "kept"
+            under_way = threading.get_ident(), hash(record.key)
+            configuration = history.pending.pop(under_way, None)
+            if configuration is not None:
+                history.configurations[record] = configuration
 
     def forgetting(self, caller: Caller, records: Sequence[Record], why: str) -> None:
         history = _history(caller)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ._extras import missing
-from ._report import Leaf, Report, size
+from ._report import Leaf, Report, plural, size
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -21,7 +21,8 @@ _PRIMITIVES = 12
 def as_text(report: Report) -> str:
     console = _console(io.StringIO(), color_system=None)
     console.print(renderable(report))
-    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in lines).rstrip()
 
 
 def as_html(report: Report) -> str:
@@ -48,7 +49,9 @@ def renderable(report: Report) -> Group:
         raise missing("rich", "display", "show a report as a table") from error
     n, m = sum(report.equations.values()), sum(report.optimized.values())
     head = Text(report.name, style="bold", overflow="fold")
-    head.append(f": {_plural(len(report.states), 'State')}, {n} equations", "default")
+    head.append(
+        f": {plural(len(report.states), 'State')}, {plural(n, 'equation')}", "default"
+    )
     parts: list[Any] = [head, _states(report)]
     for title, leaves in (
         ("Arguments", report.arguments),
@@ -97,17 +100,20 @@ def _states(report: Report) -> Any:
 
     if not report.states:
         return Text("It touches no State.")
-    columns = [("State", {"ratio": 5}), ("kind", {}), ("name", {}), ("type", {})]
-    flags = [("read", _FIXED), ("written", _FIXED), ("donated", _FIXED)]
-    table = _table("States", [*columns, ("bytes", _RIGHT), *flags])
+    named = any(use.name for use in report.states)
+    columns: list[tuple[str, dict]] = [("State", {"ratio": 5}), ("kind", {})]
+    columns += [("name", {})] * named + [("type", {}), ("bytes", _RIGHT)]
+    columns += [("read", _FIXED), ("written", _FIXED), ("donated", _FIXED)]
+    table = _table("States", columns)
     for use in report.states:
-        kind = use.type if use.becomes is None else f"{use.type} → {use.becomes}"
+        type = use.type if use.becomes is None else f"{use.type} → {use.becomes}"
         marks = ["✓" if x else "" for x in (use.read, use.written, use.donated)]
         label = use.path or f"(created at {_place(use.created_at)})"
-        _add(table, label, use.kind, use.name or "", kind, size(use.bytes), *marks)
+        name = [use.name or ""] * named
+        _add(table, label, use.kind, *name, type, size(use.bytes), *marks)
     if len(report.states) > 1:
         total = size(sum(use.bytes for use in report.states))
-        _add(table, "together", "", "", "", total, "", "", "")
+        _add(table, "together", "", *[""] * named, "", total, "", "", "")
     return table
 
 
@@ -173,7 +179,3 @@ def _cost(report: Report) -> Any:
             _add(table, name, size(value) if unit else f"{value:,.0f}")
     table.show_header = False
     return table
-
-
-def _plural(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

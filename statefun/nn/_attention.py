@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,22 @@ from jaxtyping import Array, Int
 
 from .._errors import lesson
 from .._state import State
+
+
+def _attend(query: Array, keys: Array, values: Array, seen: Array) -> Array:
+    """Attention of `(tokens, heads, size)` to `(length, heads, size)`.
+
+    As `equinox.nn.MultiheadAttention` does it. (`jax.nn.dot_product_attention` wants keys
+    and values of one size.)
+    """
+    query = query / math.sqrt(query.shape[-1])
+    logits = jnp.einsum("thd,lhd->htl", query, keys)
+    least = jnp.full_like(logits, jnp.finfo(logits.dtype).min)
+    logits = jnp.where(seen[None], logits, least)
+    weights = jax.nn.softmax(
+        logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    )
+    return jnp.einsum("htl,lhd->thd", weights.astype(logits.dtype), values)
 
 
 class Cache(State):
@@ -163,7 +180,7 @@ class KVCache(eqx.Module):
         keys = keys.at[at].set(k.astype(keys.dtype), mode="drop")
         values = values.at[at].set(v.astype(values.dtype), mode="drop")
         seen = jnp.arange(self.max_length, dtype=jnp.int32)[None] <= places[:, None]
-        out = jax.nn.dot_product_attention(q, keys, values, mask=seen[None])
+        out = _attend(q, keys, values, seen)
         return jax.vmap(a.output_proj)(out.reshape(tokens, -1)), keys, values
 
     def _check(self, x: Array) -> int:

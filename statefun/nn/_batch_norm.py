@@ -200,7 +200,23 @@ class BatchNorm(eqx.Module):
         return mean, var
 
     def _over_lanes(self, v: Array) -> Array:
-        return lax.pmean(v, self.axis_name) if self.axis_name else v
+        # One after the other: vmap and shard_map tell apart what varies in other ways, and
+        # pmean takes only axes of one way at a time.
+        for name in self.axis_name:
+            try:
+                v = lax.pmean(v, name)
+            except AssertionError as error:  # JAX doesn't say more
+                raise NotImplementedError(
+                    lesson(
+                        f"JAX can't take the mean over the mapped axis {name!r} here.",
+                        "a mean over an axis of `filter_vmap` inside of a `shard_map` "
+                        "fails in JAX while `shard_map` keeps track of what varies.",
+                        "`sf.shard_map(…, check_vma=False)`; or give each device its part "
+                        "of the batch as an array: `BatchNorm(channels, "
+                        "axis_name=device_axis, batch_axis=0)`.",
+                    )
+                ) from error
+        return v
 
     def _mapped_size(self) -> int:
         try:

@@ -40,13 +40,13 @@ Samples = dict[str, list[float]]  # contender -> one figure a round, lower is be
 class Effort:
     """How long to measure."""
 
-    rounds: int = 51
-    block: float = 0.01  # seconds that a block of calls should take
+    rounds: int = 31
+    block: float = 0.05  # seconds that a block of calls should take
     slow_rounds: int = 7  # for what takes a second or so: compiling, starting Python
     peers: bool = True
 
 
-QUICK = Effort(rounds=15, block=0.005, slow_rounds=3)
+QUICK = Effort(rounds=15, block=0.01, slow_rounds=3)
 
 
 class Contender(NamedTuple):

@@ -1,5 +1,7 @@
 """Constant folding: small jaxprs before and after, and what it leaves alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from jax.extend.core import Literal, Primitive, jaxpr_as_fun
 
 from statefun import ir
 from statefun.ir import _evaluate
-from tests.ir.helpers import checked, find, inner, names, top, trace
+from tests.ir.helpers import checked, find, inner, names, top, trace, well_formed
 from tests.ir.reference import bits, run
 
 NAME = "constant_fold"
@@ -101,6 +103,37 @@ def test_never_copies_a_large_jit_for_its_literals():
 def test_nothing_to_do_returns_the_object():
     jaxpr = trace(lambda x: x + 1, X)
     assert checked(NAME, jaxpr) is jaxpr
+
+
+def test_folded_constants_may_go_anywhere():
+    """A literal is no variable, and some consumers might want one."""
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = functools.partial(jax.shard_map, mesh=mesh, out_specs=jax.P())
+
+    def fn(x):
+        c = jnp.float32(2) + 1
+        ref = jax.new_ref(c)
+        ref[...] = ref[...] * x
+        jax.ref.addupdate(ref, (...,), c)
+        jax.debug.callback(lambda c: None, c)
+        y = io_callback(lambda v: v, X, c, ordered=True)
+        y += spread(lambda a, b: a * b, in_specs=(jax.P(), jax.P()))(x, c)
+        y += lax.scan(lambda a, b: (a + b + c, a), c, jnp.ones(3))[0]
+        y += lax.while_loop(lambda s: s < c, lambda s: s + c, c)
+        y += lax.cond(c > 0, lambda c: c * 2, lambda c: c, c)
+        y += jax.checkpoint(lambda c: jnp.sin(c) * c)(c) + jax.nn.relu(c)
+        return jax.jit(lambda c: c, donate_argnums=0)(c) + y, ref[...], c
+
+    jaxpr = trace(fn, X)
+    best = ir.optimize_jaxpr(jaxpr)
+    well_formed(best, jaxpr)
+    assert not any(e.primitive.name == "add" and _constant(e) for e in best.eqns)
+    got, want = jax.jit(jaxpr_as_fun(best))(X), jax.jit(fn)(X)
+    assert [float(v) for v in got] == pytest.approx([float(v) for v in want])
+
+
+def _constant(eqn):
+    return all(isinstance(v, Literal) for v in eqn.invars)
 
 
 # -- what it must never do

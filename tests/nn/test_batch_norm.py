@@ -129,17 +129,31 @@ def test_statistics_are_those_of_all_devices():
     mapped = nn.BatchNorm(3, axis_name="d", batch_axis=0)
     run = sf.shard_map(mapped, mesh=mesh, in_specs=(P("d"),), out_specs=P("d"))
     assert_close(sf.filter_jit(run)(x), expected)
-    both = nn.BatchNorm(3, axis_name=("batch", "d"))
-    run = sf.shard_map(
-        lambda x: sf.filter_vmap(both, axis_name="batch")(x),
-        mesh=mesh,
-        in_specs=(P("d"),),
-        out_specs=P("d"),
-    )
-    assert_close(sf.filter_jit(run)(x), expected)
-    for layer in (sharded, mapped, both):
+    for layer in (sharded, mapped):
         assert_close(layer.running_mean.value, plain.running_mean.value)
         assert_close(layer.running_var.value, plain.running_var.value)
+
+
+def test_lanes_and_devices_may_be_one_batch():
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    (x,) = batches(1, 8, 3)
+    plain, both = nn.BatchNorm(3), nn.BatchNorm(3, axis_name=("batch", "d"))
+
+    def run(check_vma):
+        return sf.shard_map(
+            lambda x: sf.filter_vmap(both, axis_name="batch")(x),
+            mesh=mesh,
+            in_specs=(P("d"),),
+            out_specs=P("d"),
+            check_vma=check_vma,
+        )
+
+    with pytest.raises(NotImplementedError, match="JAX can't take the mean over .*'batch'"):
+        run(True)(x)
+    assert_close(sf.filter_jit(run(False))(x), plain(x))
+    assert_close(both.running_mean.value, plain.running_mean.value)
+    assert_close(both.running_var.value, plain.running_var.value)
+
 
 
 def test_the_batch_may_be_another_axis():

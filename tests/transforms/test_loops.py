@@ -619,7 +619,7 @@ def test_bodies_made_anew_for_each_call_are_forgotten_again(total):
 
         sf.scan(body, ONE, X)
 
-    for _ in range(150):
+    for _ in range(140):
         call()
     gc.collect()
     assert sum(ref() is not None for ref in kept) <= 130
