@@ -148,7 +148,8 @@ class Compiled:
         if self._inputs.may_fail:
             dynamic = self._placed(dynamic)
         arguments = self.arguments(dynamic, flats)
-        if self._options.donate == "none" or self._options.donate.startswith("warn"):
+        donates = self.donated or self._inputs.donated_leaves
+        if not donates or self._options.donate.startswith("warn"):
             return self._run(*arguments)
         with warnings.catch_warnings():
             warnings.filterwarnings(

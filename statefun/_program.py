@@ -241,7 +241,8 @@ class Program:
 
     def without_consts(self) -> Program:
         """The same, for what it closes over to be given when it is evaluated."""
-        return dataclasses.replace(self, closed=_compat.close(self.jaxpr, []))
+        nothing = [None] * len(self.consts)
+        return dataclasses.replace(self, closed=_compat.close(self.jaxpr, nothing))
 
     @property
     def closed_over_tracers(self) -> bool:

@@ -14,7 +14,7 @@ followed by a sum, which would be contracted to one instruction with one roundin
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -176,6 +176,14 @@ def execute(statement: Any, store: Store, x: Any) -> None:
             except Refused:
                 if not caught:
                     raise
+
+
+def called(program: Program) -> Iterator[Program]:
+    """The bodies of nested calls, of which each is jitted once."""
+    for statement in program.statements:
+        if isinstance(statement, Call):
+            yield statement.body
+            yield from called(statement.body)
 
 
 def expressions() -> st.SearchStrategy:

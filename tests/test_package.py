@@ -40,8 +40,8 @@ LAYERS = (
     ("_call",),
     ("_function",),
     ("_rng",),
-    ("inspect",),
     ("transforms",),
+    ("inspect",),
     ("optim",),
     ("nn", "metrics", "checkpoint", "sharding"),
 )

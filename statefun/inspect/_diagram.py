@@ -150,6 +150,6 @@ class _Pen:
 
     def arrow(self, x: float, to: float, y: float) -> None:
         line = self._d.Line(
-            x + 3, y, to - 16, y, stroke=_FAINT, stroke_width=1.5, marker_end=self._head
+            x + 3, y, to - 20, y, stroke=_FAINT, stroke_width=1.5, marker_end=self._head
         )
         self._picture.append(line)

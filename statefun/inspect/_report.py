@@ -104,7 +104,8 @@ class Cost:
     - `flops`, `bytes_accessed`: of one call, as XLA estimates them.
     - `argument_bytes`, `output_bytes`, `temporary_bytes`, `aliased_bytes`: the memory
         that it allots; aliased is what outputs share with donated inputs.
-    - `peak_bytes`: the most that is in use at once.
+    - `peak_bytes`: the most that is in use at once. It is XLA's own figure, and not every
+        backend counts arguments and results alike.
     """
 
     flops: float | None

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax.tree_util as jtu
 
+from .. import _frame
 from .._state import State
 
 T = TypeVar("T")
@@ -98,8 +99,13 @@ def _has_flags(tree: Any) -> bool:
 
 
 def _mentions_flags(state: State) -> bool:
-    """Whether the State's value has flags, or a State in it has."""
-    value = state.value
+    """Whether the State's value has flags, or a State in it has.
+
+    The value is looked at without a read: States that a function only looks for flags in
+    must not become inputs of it.
+    """
+    flat, structure = _frame.current(state._cell)
+    value = state.value if flat is _frame.UNSET else structure.unflatten(flat)
     return _has_flags(value) or any(
         _mentions_flags(leaf)
         for leaf in jtu.tree_leaves(value)

@@ -76,9 +76,10 @@ class Optimizer(eqx.Module):
             tx = tx.gradient_transformation()
         self._tx = SameWork(optax.with_extra_args_support(tx))
         self.wrt = wrt
-        params = Trained(wrt).arrays()
+        trained = Trained(wrt)
+        trained.check()
         with library_promotion():
-            opt_state = tx.init(params)
+            opt_state = tx.init(trained.arrays())
         self.opt_state = State(opt_state, name="opt_state")
         self.step = State(jnp.array(0, jnp.int32), name="step")
 

@@ -38,10 +38,14 @@ class Trained:
             self._places.append(leaf if here else None)
             if here:
                 seen.add(leaf._cell)
-        for path, state in states(tree, Param).items():
-            if state._cell not in seen:
+        self._cells = seen
+
+    def check(self) -> None:
+        """Raises as said above. Reads all States of the tree, so it is done once."""
+        for path, state in states(self._tree, Param).items():
+            if state._cell not in self._cells:
                 raise _hidden(path, state)
-        if not seen:
+        if not self._cells:
             raise StateTypeError(
                 lesson(
                     "Optimizer was given a `wrt` without any Param in it.",

@@ -59,7 +59,9 @@ class Carry:
         changed = False
         for i, (a, b) in enumerate(zip(given, returned, strict=True)):
             if getattr(a, "weak_type", False) and a.dtype != b.dtype:
-                if jnp.promote_types(a.dtype, b.dtype) == b.dtype:
+                # Of the weakly typed array itself: a number gives way to an array.
+                common = jnp.result_type(self.arrays[i], b.dtype)
+                if common == b.dtype:
                     self.arrays[i] = lax.convert_element_type(self.arrays[i], b.dtype)
                     changed = True
         return changed
@@ -202,7 +204,7 @@ def _scan(
 
     loop = _Loop("scan", carry, run, [_element(x) for x in x_arrays])
     steps = x_arrays[0].shape[0] if x_arrays else length
-    body, x_arrays = with_progress(progress, steps or 0, loop.step, x_arrays)
+    body, x_arrays = with_progress(progress, steps or 0, loop.step, x_arrays, reverse)
     final, ys = lax.scan(
         body, loop.init, x_arrays, length, reverse, unroll, **dict(options)
     )
@@ -257,13 +259,22 @@ def scan(
         ```
     """
     options = (("_split_transpose", True),) if _split_transpose else ()
-    for path, x in jtu.tree_leaves_with_path(xs):
-        if eqx.is_array(x) and x.ndim == 0:
-            raise ValueError(
-                "scan got a value with no leading axis to scan over: "
-                f"xs{jtu.keystr(path)} is a scalar."
-            )
+    _check_lengths(xs, length)
     return _scan(f, as_arrays(init), xs, length, reverse, unroll, options, progress)
+
+
+def _check_lengths(xs: Any, length: int | None) -> None:
+    """Raises as `jax.lax.scan` does, before the body is traced."""
+    leaves = [x for x in jtu.tree_leaves(xs) if eqx.is_array(x)]
+    if any(x.ndim == 0 for x in leaves):
+        raise IndexError("scan got a value with no leading axis to scan over.")
+    lengths = {x.shape[0] for x in leaves}
+    if length is not None:
+        lengths.add(int(length))
+    if not lengths:
+        raise ValueError("scan got no values to scan over and `length` not provided.")
+    if len(lengths) > 1:
+        raise ValueError(f"scan got values with different lengths: {sorted(lengths)}.")
 
 
 def map(
@@ -299,6 +310,13 @@ def map(
         sf.map(f, jnp.arange(4.0))
         ```
     """
+    return _map(f, xs, batch_size, progress)
+
+
+@compiled_when_eager
+def _map(
+    f: Callable[[Any], Any], xs: Any, batch_size: int | None, progress: bool | str
+) -> Any:
     if batch_size is None:
         return scan(lambda _, x: ((), f(x)), (), xs, progress=progress)[1]
     if batch_size < 1:
@@ -352,11 +370,16 @@ def _fori_loop(
         raise ValueError(
             "a progress bar needs loop bounds that are known when tracing."
         )
-    start, steps = int(lower), max(int(upper) - int(lower), 0)
-    index = [jnp.arange(start, start + steps)]
-    body, xs = with_progress(progress, steps, loop.step, index)
+    steps = max(int(upper) - int(lower), 0)
+    index = jnp.asarray(lower)
+
+    def count(at: Any, _: Any) -> Any:
+        i, loop_at = at
+        return (i + 1, loop.step(loop_at, [i])[0]), []
+
+    body, xs = with_progress(progress, steps, count, [])
     options = {} if unroll is None else {"unroll": unroll}
-    final, _ = lax.scan(body, loop.init, xs, length=steps, **options)  # type: ignore[arg-type]
+    (_, final), _ = lax.scan(body, (index, loop.init), xs, length=steps, **options)  # type: ignore[arg-type]
     return loop.finish(final)[0]
 
 

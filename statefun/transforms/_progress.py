@@ -9,7 +9,11 @@ import jax.numpy as jnp
 
 
 def with_progress(
-    progress: bool | str, n: int, body: Callable[..., Any], x: Sequence[Any]
+    progress: bool | str,
+    n: int,
+    body: Callable[..., Any],
+    x: Sequence[Any],
+    reverse: bool = False,
 ) -> tuple[Callable[..., Any], Any]:
     """A scan body, and what it is scanned over, with a bar that is drawn from the host.
 
@@ -30,5 +34,7 @@ def with_progress(
         ) from error
     title = {"desc": progress} if isinstance(progress, str) else {}
     wrap = jax_tqdm.scan_tqdm(n, **title)  # type: ignore
-    counted = jnp.arange(n), x
+    # jax-tqdm wants the steps numbered in the order in which they run.
+    numbers = jnp.arange(n)
+    counted = (numbers[::-1] if reverse else numbers), x
     return wrap(lambda carry, step: body(carry, step[1])), counted

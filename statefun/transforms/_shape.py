@@ -6,10 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.extend.core as jec
+import jax.numpy as jnp
 
 from .. import _frame
+from .._frame import Value
 from .._program import unpack
+from .._structure import flatten, static_key, treedef_key
 from ._thread import (
     Wrapper,
     evaluate,
@@ -46,9 +50,27 @@ def filter_eval_shape(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     """
 
     def inner(*args: Any, **kwargs: Any) -> Any:
-        return threaded(lambda: fun(*args, **kwargs), keeps=True)[0]
+        run = lambda: fun(*args, **kwargs)  # noqa: E731
+        return threaded(run, keeps=True, view=_materialise)[0]
 
     return transaction(lambda: unpack(eqx.filter_eval_shape(inner, *args, **kwargs)))
+
+
+def _materialise(_: Any, value: Value) -> Value:
+    """Arrays in place of the structs that a State may hold: they are never computed."""
+    flat, structure = value
+    if not any(isinstance(x, jax.ShapeDtypeStruct) for x in structure.statics):
+        return value
+    return flatten(
+        jax.tree_util.tree_map(
+            lambda x: (
+                jnp.zeros(x.shape, x.dtype)
+                if isinstance(x, jax.ShapeDtypeStruct)
+                else x
+            ),
+            structure.unflatten(flat),
+        )
+    )
 
 
 class _MakeJaxpr(Wrapper):
@@ -92,10 +114,17 @@ def filter_make_jaxpr(
     return eqx.module_update_wrapper(_MakeJaxpr(fun))
 
 
+def _layout(tree: Any) -> Any:
+    leaves, treedef = jax.tree_util.tree_flatten(tree)
+    keys = [None if eqx.is_array(x) else static_key(x) for x in leaves]
+    return treedef_key(treedef), tuple(keys)
+
+
 class _Converted(eqx.Module):
     """A function as a jaxpr, with what it closed over as leaves."""
 
     program: Any = eqx.field(static=True)
+    layout: Any = eqx.field(static=True)  # of the arguments
     consts: list[Any]
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
@@ -104,10 +133,11 @@ class _Converted(eqx.Module):
     def _run(self, args: tuple, kwargs: dict) -> Any:
         arrays, _ = split_arrays((args, kwargs))
         expected = [(a.shape, a.dtype) for a in self.program.in_avals]
-        if [(x.shape, x.dtype) for x in arrays] != expected:
+        same = [(x.shape, x.dtype) for x in arrays] == expected
+        if not same or _layout((args, kwargs)) != self.layout:
             raise ValueError(
                 "a closure-converted function has to be called with arguments of the "
-                "shapes and dtypes that it was converted for."
+                "structure, shapes and dtypes that it was converted for."
             )
         note_checks(self.program)
         leaves, writes = evaluate(
@@ -159,6 +189,6 @@ def filter_closure_convert(fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
 
         program = trace_body(flat, arrays)
         consts = list(program.consts)
-        return _Converted(program.without_consts(), consts)
+        return _Converted(program.without_consts(), _layout((args, kwargs)), consts)
 
     return transaction(run)

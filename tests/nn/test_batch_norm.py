@@ -148,12 +148,13 @@ def test_lanes_and_devices_may_be_one_batch():
             check_vma=check_vma,
         )
 
-    with pytest.raises(NotImplementedError, match="JAX can't take the mean over .*'batch'"):
+    with pytest.raises(
+        NotImplementedError, match="JAX can't take the mean over .*'batch'"
+    ):
         run(True)(x)
     assert_close(sf.filter_jit(run(False))(x), plain(x))
     assert_close(both.running_mean.value, plain.running_mean.value)
     assert_close(both.running_var.value, plain.running_var.value)
-
 
 
 def test_the_batch_may_be_another_axis():

@@ -304,6 +304,15 @@ def test_flags_in_states_in_states_are_switched():
     assert inner.value.inference is False
 
 
+def test_looking_for_flags_is_no_read():
+    model = sf.Param(Net())
+    fn = sf.StatefulFunction(lambda x: nn.inference_mode(model).value.norm(x))
+    x = jnp.ones((4, 3))
+    fn.make_jaxpr(x)
+    rng = model.value.dropout.rng
+    assert not any(s is rng for s in fn.get_states(x))
+
+
 def test_what_has_no_flags_is_left_as_it_is():
     w = sf.Param(jnp.ones(2))
     tree = {"w": w, "linear": eqx.nn.Linear(2, 2, key=jax.random.key(0))}

@@ -229,6 +229,17 @@ def test_states_that_are_no_params_and_plain_arrays_stay():
     np.testing.assert_allclose(layers.first.value, 0.6, rtol=1e-6)
 
 
+def test_an_update_reads_only_what_it_trains():
+    layers = Layers()
+    optimizer = Optimizer(optax.sgd(0.1), layers)
+    grads = sf.filter_grad(layers.loss, wrt=layers)()
+    fn = sf.StatefulFunction(optimizer.update)
+    fn.make_jaxpr(grads)
+    touched = fn.get_states(grads)
+    assert any(s is layers.first for s in touched)
+    assert not any(s is layers.seen for s in touched)
+
+
 def test_integers_in_a_param_are_not_trained():
     w = sf.Param({"w": jnp.ones(2), "n": jnp.arange(2)})
     optimizer = Optimizer(optax.adam(0.1), w)
