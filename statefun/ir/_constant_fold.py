@@ -23,7 +23,7 @@ from ._jaxpr import (
     rebuild,
 )
 from ._purity import PURE
-from ._values import kind, literal_value, make_literal, plain
+from ._values import kind, literable, literal_value, make_literal, plain
 from ._walk import CALLS, Env, Rewrite, Walk, alias, read, substitute
 
 MAX_BYTES = 1024
@@ -104,7 +104,7 @@ class _Fold:
             return False
         if kind(aval.dtype) == "other" or not all(plain(v.aval) for v in eqn.invars):
             return False
-        if aval.shape and not self.may_hold_array(aval, values):
+        if not (self.may_hold_array(aval, values) if aval.shape else literable(aval)):
             return False
         result = evaluate(eqn, values)
         if result is None:

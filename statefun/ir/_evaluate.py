@@ -57,8 +57,6 @@ def _ordinary(value: Any) -> bool:
     value = np.asarray(value)
     if kind(value.dtype) != "float":
         return kind(value.dtype) in ("int", "bool")
-    if value.dtype.itemsize == 1:  # some have no infinity, some saturate
-        return False
     size = np.abs(value)
     return bool(np.all((size == 0) | (size >= _tiny(value.dtype))))
 
@@ -69,7 +67,7 @@ def _tiny(dtype: Any) -> Any:
 
 
 def _convert(eqn: Eqn, value: np.ndarray) -> np.ndarray | None:
-    old, new = value.dtype, eqn.params["new_dtype"]
+    old, new = value.dtype, np.dtype(eqn.outvars[0].aval.dtype)
     was, becomes = kind(old), kind(new)
     if becomes == "other" or "complex" in (was, becomes):
         return None
@@ -79,8 +77,8 @@ def _convert(eqn: Eqn, value: np.ndarray) -> np.ndarray | None:
         return value.astype(new) if inside.all() else None
     if was == "float" and becomes == "float" and old.itemsize == 8:
         # ml_dtypes rounds twice on the way to the small floats.
-        return value.astype(new) if np.dtype(new).itemsize >= 4 else None
-    if becomes == "float" and np.dtype(new).itemsize < (2 if was == "float" else 4):
+        return value.astype(new) if new.itemsize >= 4 else None
+    if was == "int" and becomes == "float" and new.itemsize < 4:
         return None
     return value.astype(new)
 

@@ -77,8 +77,10 @@ class Numbers:
                 if item.__class__ is not int:
                     return (cls, *map(self._value, value))
             return (cls, None, *value)
-        if cls is float:
-            return (cls, value.hex())
+        if cls is float or cls is complex:
+            return (cls, repr(value))
+        if isinstance(value, (tuple, list)):
+            return (cls, *map(self._value, value))
         if isinstance(value, np.integer):  # an axis, as good as an int
             return (int, int(value))
         if isinstance(value, (np.ndarray, np.generic)):

@@ -10,22 +10,23 @@ from jax.extend.core import Literal, Var, primitives
 
 from ._jaxpr import Atom, Eqn
 
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
 
 @functools.cache
 def kind(dtype: Any) -> str:
-    """`bool`, `int`, `float` or `complex`; `other` for keys and the like.
+    """`bool`, `int`, `float` or `complex`; `other` for whatever is less common.
 
-    numpy's own `dtype.kind` calls bfloat16 and the eight-bit floats "void".
+    That is keys, and the types of four and eight bits that NumPy knows by hearsay
+    only: some have no infinity, some saturate, and not every operation exists.
     """
-    for name, parent in (
-        ("bool", np.bool_),
-        ("int", np.integer),
-        ("float", np.floating),
-        ("complex", np.complexfloating),
-    ):
-        if jax.numpy.issubdtype(dtype, parent):
-            return name
-    return "other"
+    if not isinstance(dtype, np.dtype):
+        return "other"
+    if dtype.name in _FLOATS:
+        return "float"
+    return {"b": "bool", "i": "int", "u": "int", "c": "complex"}.get(
+        dtype.kind, "other"
+    )
 
 
 def literal_value(atom: Atom) -> np.ndarray | None:
@@ -70,6 +71,11 @@ def make_literal(value: Any, aval: Any) -> Literal | None:
         return None
     back = np.asarray(scalar, aval.dtype)
     return Literal(scalar, aval) if back.tobytes() == value.tobytes() else None
+
+
+def literable(aval: Any) -> bool:
+    """Whether a literal may have this type: ask before computing one."""
+    return make_literal(np.zeros((), aval.dtype), aval) is not None
 
 
 def make_splat(value: Any, eqn: Eqn) -> Literal | Eqn | None:

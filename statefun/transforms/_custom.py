@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -123,21 +124,38 @@ def _is_zero(x: Any) -> bool:
     return isinstance(x, SymbolicZero)
 
 
+class _Discovering(threading.local):
+    """The functions whose rules are being traced ahead in this thread."""
+
+    def __init__(self) -> None:
+        self.functions: set[int] = set()
+
+
+_discovering = _Discovering()
+
+
 def _discover(
-    name: str, run: Callable[..., Any], arrays: Sequence[Any]
+    owner: Any, run: Callable[..., Any], arrays: Sequence[Any]
 ) -> Program | None:
     """Traces a rule to find the States it touches.
 
     The rule is given a tangent for every inexact array, though a real call may have some
     that are not differentiated. A rule that insists on such a pattern can't be traced in
     this way: it may then touch the States of the function itself, and is refused any
-    other when it runs.
+    other when it runs. The same holds for a call of the function by its own rule.
     """
+    functions = _discovering.functions
+    if id(owner) in functions:
+        return None
+    functions.add(id(owner))
     try:
         return trace_body(run, arrays)
     except Exception as error:
+        name = owner.fn.__name__
         _log.debug("the rule of %s was not traced ahead: %r", name, error)
         return None
+    finally:
+        functions.discard(id(owner))
 
 
 class filter_custom_jvp:
@@ -205,7 +223,7 @@ class filter_custom_jvp:
             args, kwargs = build(x)
             return rule(args, eqx.filter(args, eqx.is_inexact_array), **kwargs)
 
-        touched = _Touched(name, program, _discover(name, ahead, arrays))
+        touched = _Touched(name, program, _discover(self, ahead, arrays))
 
         def pure(arrays: list, consts: list, flats: list) -> Any:
             leaves, new = evaluate(program, arrays, touched.inside(flats), consts)
@@ -336,7 +354,7 @@ class filter_custom_vjp:
             grad = eqx.filter(out, eqx.is_inexact_array)
             return bwd(residuals, grad, everything, vjp_arg, *args, **kwargs)
 
-        rules = _discover(name, both, arrays) or _discover(name, ahead, arrays)
+        rules = _discover(self, both, arrays) or _discover(self, ahead, arrays)
         touched = _Touched(name, program, rules)
         custom = eqx.filter_custom_vjp(functools.partial(_pure_vjp, program, touched))
 

@@ -106,7 +106,7 @@ class _ShardMap(Wrapper):
             for cell, spec in zip(written.cells, where, strict=True):
                 if spec is not None and spec not in specs:
                     raise _Found(cell)
-            seen["written"] = written
+            seen["written"] = written.with_flats([])  # no tracer outlives its trace
             seen["groups"] = [specs.index(s) if s is not None else 0 for s in where]
             self._check_shared(written, where)
             dynamic, seen["static"] = eqx.partition(out, eqx.is_array)

@@ -268,20 +268,6 @@ def test_error_if_does_in_a_twin_what_it_does_without(on_error, count, last):
         assert count.value == 4
 
 
-def test_the_rest_of_eqx_debug_works_with_states(count, last, capfd):
-    def f(x):
-        count.value += 1
-        y = eqx.debug.announce_transform(x, name="here")
-        y = eqx.debug.store_dce(y)
-        last.value = y
-        return jnp.sum(y)
-
-    sf.filter_jit(sf.filter_grad(f))(GOOD)
-    jax.effects_barrier()
-    assert "here" in capfd.readouterr().out
-    assert (int(count.value), float(last.value)) == (1, 2.0)
-
-
 def test_assert_max_traces_counts_the_traces_of_a_body(count):
     @eqx.debug.assert_max_traces(max_traces=1)
     def f(c, x):

@@ -324,24 +324,6 @@ def test_a_split_state_may_be_written_without_being_read(mesh, pieces, jitted):
     assert np.array_equal(pieces.value, X * X)
 
 
-def test_a_state_that_holds_a_module_is_split_leaf_by_leaf(mesh, key):
-    net = eqx.nn.Linear(3, 8, key=key)
-    held = sf.Param(net, name="net")
-
-    def f(x):
-        y = held.value(x)
-        held.value = jax.tree.map(lambda p: p * 2, held.value)
-        return y
-
-    run = sf.shard_map(
-        f, mesh=mesh, in_specs=P(), out_specs=P("d"), state_specs=[(held, P("d"))]
-    )
-    x = jnp.ones(3)
-    held.value = eqx.tree_at(lambda n: n.out_features, net, 2)  # of a piece
-    np.testing.assert_allclose(run(x), net(x), rtol=1e-6)
-    assert np.array_equal(held.value.weight, 2 * net.weight)
-
-
 # -- gradients, nests, failures -----------------------------------------------------
 
 
