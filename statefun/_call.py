@@ -231,6 +231,8 @@ class Fast:
             again = False
             lock.acquire()
             try:
+                if shared.taken:  # a donating call has the States: after it
+                    _frame.wait_for(cells)
                 if (
                     shared.version == version
                     and record.steady
@@ -659,6 +661,8 @@ class Entry:
                 record.out.build(leaves, states)[0].throw()
             targets = record.cells or _cells(record.targets, states)
             with lock:
+                if shared.taken:
+                    _frame.wait_for(targets)
                 if shared.version != version and _conflict(
                     record, cells, flats, targets
                 ):
