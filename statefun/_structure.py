@@ -120,7 +120,7 @@ def _fingerprint(treedef: TreeDef) -> list[int]:
     found: list[Any] = []
     treedef.walk(lambda _, aux: found.append(aux), id, range(treedef.num_leaves))
     flat = itertools.chain.from_iterable(
-        aux if type(aux) is tuple else (aux,) for aux in found
+        aux if type(aux) in (tuple, list) else (aux,) for aux in found
     )
     return [id(x) for x in flat]
 
