@@ -208,7 +208,6 @@ class Fast:
             or kwargs
             or shared.busy
             or current_trace() is not TOP_LEVEL
-            or compiled.epoch != shared.structures
         ):
             return caller.run(args, kwargs)
         if args:
@@ -218,7 +217,11 @@ class Fast:
                     return caller.run(args, kwargs)
         version = shared.version
         flats = [cell.flat for cell in compiled.own]
-        if version & 1 or shared.version != version:
+        if (
+            version & 1
+            or shared.version != version
+            or compiled.epoch != shared.structures
+        ):
             return caller.run(args, kwargs)
         try:
             out = compiled.jit(args, flats)
@@ -641,11 +644,11 @@ class Entry:
                 if shared.taken:
                     _frame.wait_for(cells)
                 version = shared.version
-                epoch = shared.structures
                 flats = [cell.flat for cell in cells]
-            if epoch != compiled.epoch and (
-                self.dead or not compiled.accepts(cells, epoch)
-            ):
+                fits = compiled.epoch == shared.structures or (
+                    not self.dead and compiled.accepts(cells)
+                )
+            if not fits:
                 self.variant(states, fixed)
                 continue
             try:
@@ -700,7 +703,8 @@ class Entry:
                 with lock:
                     _frame.wait_for(cells)
                     flats = [cell.flat for cell in cells]
-                if self.dead or not compiled.accepts(cells, -1):
+                    fits = not self.dead and compiled.accepts(cells)
+                if not fits:
                     self.variant(states, fixed)
                     continue
                 try:

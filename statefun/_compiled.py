@@ -48,6 +48,8 @@ class Eager(Exception):
 class Owner(Protocol):
     """What a `Compiled` needs of the entry that it belongs to."""
 
+    dead: bool
+
     def record(self, dynamic: Sequence[Any], known: dict) -> Record: ...
     def learn(self, record: Record) -> bool: ...
     def done(self, record: Record) -> None: ...
@@ -115,14 +117,18 @@ class Compiled:
 
     # -- calling --
 
-    def accepts(self, cells: Sequence[Cell], epoch: int) -> bool:
-        """Whether the States have the structures that this was compiled for."""
-        with _frame.lock:
-            fits = all(
-                c.structure is s for c, s in zip(cells, self.structures, strict=True)
-            )
-            if fits and self.cells is not None:
-                self.epoch = epoch
+    def accepts(self, cells: Sequence[Cell]) -> bool:
+        """Whether the States have the structures that this was compiled for.
+
+        To be called with the lock held under which their values are read.
+        """
+        fits = all(
+            c.structure is s for c, s in zip(cells, self.structures, strict=True)
+        )
+        if fits and self.cells is not None:
+            self.epoch = _frame.shared.structures
+            if self._entry.dead:  # it may die at any moment, and then resets the epoch
+                self.epoch = -1
         return fits
 
     def run_by(self, executable: Callable[..., Any]) -> Compiled:

@@ -450,7 +450,8 @@ def current(cell: Cell, frame: Frame | None = _INNERMOST) -> Value:
         if found is not None:
             return found
         frame = frame.parent
-    return cell.flat, cell.structure
+    with lock:  # the two are of one commit
+        return cell.flat, cell.structure
 
 
 def has_value(cell: Cell) -> bool:
