@@ -1,5 +1,7 @@
 """Mutable State for Equinox modules, seen by JAX's transformations."""
 
+from typing import TYPE_CHECKING
+
 from . import metrics as metrics, nn as nn
 from ._cache import (
     CacheKey as CacheKey,
@@ -40,7 +42,6 @@ from .inspect import (
 from .ir import (
     optimize_jaxpr as optimize_jaxpr,
 )
-from .optim import Hyperparams as Hyperparams, Optimizer as Optimizer
 from .transforms import (
     Compiled as Compiled,
     Jitted as Jitted,
@@ -71,6 +72,23 @@ from .transforms import (
     switch as switch,
     while_loop as while_loop,
 )
+
+if TYPE_CHECKING:
+    from .optim import Hyperparams as Hyperparams, Optimizer as Optimizer
+
+
+def __getattr__(name: str) -> object:
+    # optax takes longer to import than all of statefun, and not everybody needs it.
+    if name in ("Hyperparams", "Optimizer"):
+        from . import optim
+
+        return getattr(optim, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "CacheKey",

@@ -28,7 +28,7 @@ FILES = sorted(SOURCE.glob("**/*.py"))
 # whether it can be read after those above it. `statefun/__init__.py` comes after all.
 LAYERS = (
     ("_compat",),
-    ("_errors",),
+    ("_errors", "_promotion"),
     ("ir",),
     ("_structure",),
     ("_frame",),

@@ -7,8 +7,8 @@ from typing import Any, Protocol, Self
 import equinox as eqx
 import jax.tree_util as jtu
 
+from .._promotion import library_promotion
 from .._state import State
-from ..optim._promotion import library_promotion
 
 
 class LibraryMetric(Protocol):

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from .. import _frame
+from .._promotion import library_promotion, present_promotion, promotion
 from .._state import State
 from ._fingerprint import SameWork
 from ._hyperparams import Hyperparams
-from ._promotion import library_promotion, present_promotion, promotion
 from ._trained import Trained
 
 _FUNCTIONS = ("value_fn", "grad_fn")
