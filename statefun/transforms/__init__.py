@@ -10,10 +10,8 @@ from ._ad import (
 from ._branches import cond as cond, switch as switch
 from ._checkify import checkify as checkify
 from ._checkpoint import filter_checkpoint as filter_checkpoint
-from ._custom import (
-    filter_custom_jvp as filter_custom_jvp,
-    filter_custom_vjp as filter_custom_vjp,
-)
+from ._custom_jvp import filter_custom_jvp as filter_custom_jvp
+from ._custom_vjp import filter_custom_vjp as filter_custom_vjp
 from ._grad import (
     filter_grad as filter_grad,
     filter_value_and_grad as filter_value_and_grad,
