@@ -177,7 +177,7 @@ class _Jacobian(Wrapper):
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if self._wrt is None and not args:
             return self._transform(self._fun)(*args, **kwargs)
-        return transaction(lambda: self._run(args, kwargs))
+        return super().__call__(*args, **kwargs)
 
     def _run(self, args: tuple, kwargs: dict) -> Any:
         diff, rest, inner = differentiable(

@@ -9,7 +9,7 @@ import equinox as eqx
 from jax.experimental import checkify as jax_checkify
 
 from .. import _frame
-from ._thread import Wrapper, evaluate, split_arrays, trace_body, transaction, values_of
+from ._thread import Wrapper, evaluate, split_arrays, trace_body, values_of
 
 
 class _Checkified(Wrapper):
@@ -19,9 +19,6 @@ class _Checkified(Wrapper):
     @property
     def __wrapped__(self) -> Callable:
         return self._fun
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        return transaction(lambda: self._run(args, kwargs))
 
     def _run(self, args: tuple, kwargs: dict) -> Any:
         arrays, build = split_arrays((args, kwargs))

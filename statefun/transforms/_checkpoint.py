@@ -16,7 +16,6 @@ from ._thread import (
     note_checks,
     split_arrays,
     trace_body,
-    transaction,
     values_of,
 )
 
@@ -29,9 +28,6 @@ class _Checkpoint(Wrapper):
     @property
     def __wrapped__(self) -> Callable:
         return self._fun
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        return transaction(lambda: self._run(args, kwargs))
 
     def _run(self, args: tuple, kwargs: dict) -> Any:
         arrays, build = split_arrays((args, kwargs))

@@ -10,7 +10,7 @@ import equinox as eqx
 
 from .._program import unpack
 from ._ad import differentiable
-from ._thread import Wrapper, transaction, values_at
+from ._thread import Wrapper, values_at
 
 
 class _ValueAndGrad(Wrapper):
@@ -27,7 +27,7 @@ class _ValueAndGrad(Wrapper):
         if self._wrt is None and not args:
             # Equinox knows what to say about it.
             return eqx.filter_value_and_grad(self._fun)(*args, **kwargs)
-        return transaction(lambda: self._run(args, kwargs))
+        return super().__call__(*args, **kwargs)
 
     def _run(self, args: tuple, kwargs: dict) -> Any:
         diff, rest, inner = differentiable(

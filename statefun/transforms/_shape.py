@@ -120,15 +120,12 @@ def _layout(tree: Any) -> Any:
     return treedef_key(treedef), tuple(keys)
 
 
-class _Converted(eqx.Module):
+class _Converted(Wrapper):
     """A function as a jaxpr, with what it closed over as leaves."""
 
     program: Any = eqx.field(static=True)
     layout: Any = eqx.field(static=True)  # of the arguments
     consts: list[Any]
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        return transaction(lambda: self._run(args, kwargs))
 
     def _run(self, args: tuple, kwargs: dict) -> Any:
         arrays, _ = split_arrays((args, kwargs))

@@ -56,7 +56,7 @@ class _ShardMap(Wrapper):
             found: list[Cell] = []
             while True:
                 try:
-                    return self._run(args, found)
+                    return self._share(args, found)
                 except _Found as late:
                     found.append(late.cell)
 
@@ -67,7 +67,7 @@ class _ShardMap(Wrapper):
         of = rule(self._state_specs, lambda s: isinstance(s, PartitionSpec))
         return None if state is None else of(state)
 
-    def _run(self, args: tuple, found: list[Cell]) -> Any:
+    def _share(self, args: tuple, found: list[Cell]) -> Any:
         in_pieces: dict[Cell, PartitionSpec] = {}
         if self._state_specs is not None:
             for cell in [*reachable(self._fun, args, self._state_specs), *found]:

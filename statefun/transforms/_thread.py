@@ -17,6 +17,7 @@ it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,17 +36,26 @@ from .._structure import Structure, flatten, leaves_of
 # -- on values ----------------------------------------------------------------------
 
 
-class Written(eqx.Module):
+# Not an `eqx.Module`: these are made at every call, and a dataclass is ten times cheaper.
+@functools.partial(
+    jtu.register_dataclass,
+    data_fields=["flats"],
+    meta_fields=["cells", "structures", "created", "checks"],
+)
+@dataclasses.dataclass(frozen=True)
+class Written:
     """The values of the States that a function has written, on their way out."""
 
     flats: list[Any]
-    cells: tuple[Cell, ...] = eqx.field(static=True)
-    structures: tuple[Structure, ...] = eqx.field(static=True)
-    created: frozenset[Cell] = eqx.field(static=True)
-    checks: bool = eqx.field(static=True)
+    cells: tuple[Cell, ...]
+    structures: tuple[Structure, ...]
+    created: frozenset[Cell]
+    checks: bool
 
     def without(self, cells: Container[Cell]) -> Written:
         """Less some States."""
+        if not any(cell in cells for cell in self.cells):
+            return self
         kept = [i for i, cell in enumerate(self.cells) if cell not in cells]
         return Written(
             [self.flats[i] for i in kept],
@@ -102,11 +112,13 @@ def threaded(
     return out, written
 
 
-class Opened(eqx.Module):
+@functools.partial(jtu.register_dataclass, data_fields=["value"], meta_fields=["cell"])
+@dataclasses.dataclass(frozen=True)
+class Opened:
     """A State in a tree, opened: its value stands there, for a transform to work on."""
 
     value: Any
-    cell: Cell = eqx.field(static=True)
+    cell: Cell
 
 
 def open_states(
@@ -288,6 +300,14 @@ class Wrapper(eqx.Module):
 
     A module, so that arrays and States in the function are seen by what it is passed to.
     """
+
+    def _run(self, args: tuple, kwargs: dict) -> Any:
+        """The call, in a transaction."""
+        raise NotImplementedError
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        run = type(self)._run  # `self._run` makes a module of it, which takes its time
+        return transaction(lambda: run(self, args, kwargs))
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else eqx.Partial(self, instance)  # type: ignore[call-arg]

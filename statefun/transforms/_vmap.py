@@ -18,7 +18,7 @@ from .._frame import Cell, Value
 from .._program import unpack
 from .._structure import flat_of, leaves_of
 from ._state_axes import reachable, rule
-from ._thread import Lanes, Wrapper, Written, threaded, transaction
+from ._thread import Lanes, Wrapper, Written, threaded
 
 # `eqx.if_array` makes a rule that looks at each leaf; one is enough.
 _ARRAYS_ALONG_0 = eqx.if_array(0)
@@ -37,9 +37,6 @@ class _Vmap(Wrapper):
     def __wrapped__(self) -> Callable:
         return self._fun
 
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        return transaction(lambda: self._run(args, kwargs))
-
     def _run(self, args: tuple, kwargs: dict) -> Any:
         axis_of = rule(self._state_axes, lambda axis: isinstance(axis, int))
         mapped: dict[Cell, int] = {}
@@ -52,7 +49,7 @@ class _Vmap(Wrapper):
                     mapped[cell] = axis
         values = {cell: _frame.read(cell) for cell in mapped}
         pieces = [flat for flat, _ in values.values()]
-        in_axes, kw_axes = self._axes(args, kwargs)
+        in_axes, kw_axes = _axes(self._fun, self._in_axes, args, kwargs)
         axes_in = list(mapped.values()), in_axes, kw_axes
         size = self._axis_size or _size((pieces, args, kwargs), axes_in)
         number: list[Any] = []  # of the lane
@@ -117,21 +114,21 @@ class _Vmap(Wrapper):
         lanes.advance(seen["advanced"])
         return unpack(out)
 
-    def _axes(self, args: tuple, kwargs: dict) -> tuple[Any, Any]:
-        """`in_axes` for the positional and for the keyword arguments."""
-        default = _ARRAYS_ALONG_0
-        if not isinstance(self._in_axes, dict):
-            return self._in_axes, {name: default for name in kwargs}
-        rest = dict(self._in_axes)
-        names = list(inspect.signature(self._fun).parameters)
-        positional = tuple(rest.pop(n, default) for n in names[: len(args)])
-        keyword = {name: rest.pop(name, default) for name in kwargs}
-        if rest:
-            raise ValueError(
-                "The following `in_axes` did not correspond to any argument: "
-                f"{tuple(rest)}"
-            )
-        return positional, keyword
+
+def _axes(fun: Callable, in_axes: Any, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+    """`in_axes` for the positional and for the keyword arguments."""
+    default = _ARRAYS_ALONG_0
+    if not isinstance(in_axes, dict):
+        return in_axes, {name: default for name in kwargs}
+    rest = dict(in_axes)
+    names = list(inspect.signature(fun).parameters)
+    positional = tuple(rest.pop(n, default) for n in names[: len(args)])
+    keyword = {name: rest.pop(name, default) for name in kwargs}
+    if rest:
+        raise ValueError(
+            f"The following `in_axes` did not correspond to any argument: {tuple(rest)}"
+        )
+    return positional, keyword
 
 
 def _size(args: Any, axes: Any) -> int | None:
