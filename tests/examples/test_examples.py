@@ -75,6 +75,63 @@ def pixels(image, colour) -> int:
     return int(np.all(np.abs(image - colour) < 0.02, axis=-1).sum())
 
 
+# -- the short form of each of the others --------------------------------------------
+
+
+def run_short(name: str, out: Path) -> str:
+    """What an example prints, run with the options that its docstring gives."""
+    for module in ("diffrax", "matplotlib", "sklearn", "tqdm"):
+        pytest.importorskip(module)
+    example = EXAMPLES / name
+    command = re.search(rf"{name} (--.*)", example.read_text())
+    assert command is not None
+    options = (*command[1].split(), "--out", str(out))
+    return run_as_a_user(example, *options, cwd=out.parent)
+
+
+def figure(printed: str, what: str) -> float:
+    found = re.search(rf"^{what}: (.*)$", printed, re.MULTILINE)
+    assert found is not None, printed
+    return float(found[1])
+
+
+def is_drawn_on(out: Path) -> bool:
+    """Whether the picture has more to it than a frame: many pixels of many colours."""
+    image = pytest.importorskip("matplotlib.image").imread(out)[..., :3]
+    colours, counts = np.unique(image.reshape(-1, 3), axis=0, return_counts=True)
+    return len(colours) > 50 and counts.sum() - counts.max() > 5000
+
+
+def test_the_transformer_learns_and_writes(tmp_path):
+    out = tmp_path / "characters.png"
+    printed = run_short("character_transformer.py", out)
+    assert figure(printed, "test loss") < 2.6
+    _, _, written = printed.split("\n", 2)
+    assert len(written.removesuffix("\n")) == len("The ") + 200
+    assert is_drawn_on(out)
+
+
+def test_the_controller_learns_to_swing_the_pendulum_up(tmp_path):
+    out = tmp_path / "pendulum.png"
+    assert figure(run_short("pendulum.py", out), "cost") < 2.4
+    assert is_drawn_on(out)
+
+
+def test_the_residual_network_learns_the_digits(tmp_path):
+    out = tmp_path / "resnet.png"
+    assert figure(run_short("resnet.py", out), "test accuracy") > 0.9
+    assert is_drawn_on(out)
+
+
+def test_the_ensemble_knows_where_it_does_not_know(tmp_path):
+    out = tmp_path / "ensemble.png"
+    printed = run_short("ensemble.py", out)
+    assert figure(printed, "off the wave") < 0.1
+    at_data = figure(printed, "disagreement at the data")
+    assert figure(printed, "disagreement in the gap") > 4 * at_data
+    assert is_drawn_on(out)
+
+
 # -- the comparison with plain Equinox ----------------------------------------------
 
 
