@@ -17,6 +17,10 @@ def code_blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
+def prose(text: str) -> str:
+    return re.sub(r"^```.*?^```|`[^`]*`", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
 def run_as_a_user(code: str) -> str:
     # In a process of its own: pytest's has stricter promotion than a user's.
     result = subprocess.run(
@@ -65,6 +69,11 @@ def test_the_two_commands_are_sessions_and_what_ci_runs():
 
 
 def test_links_to_files_lead_somewhere():
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)", README)
-    assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("**/*.md")]
+    links = [
+        (page, target)
+        for page in pages
+        for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", prose(page.read_text()))
+    ]
+    assert links
+    assert [link for link in links if not (link[0].parent / link[1]).exists()] == []
