@@ -35,20 +35,6 @@ class CacheKey(NamedTuple):
     dyn_kwargs: tuple
 
 
-class Token:
-    """The name of a record, which says which of the compiled versions has run.
-
-    The jitted function returns its arrays in a dict with the token as the only key: JAX
-    takes that apart and puts it together in C++. JAX's own caches keep the key for good,
-    so it must not keep the record alive, and with it what the function closes over.
-    """
-
-    __slots__ = ("record",)
-
-    def __init__(self, record: Record):
-        self.record = weakref.ref(record)
-
-
 class Record:
     """A program, and what a call needs to know about it."""
 
@@ -60,20 +46,18 @@ class Record:
         "context",
         "effects",
         "filed",
+        "finish",
         "forgotten",
         "key",
         "may_fail",
         "n_out",
-        "nothing",
         "out",
         "program",
-        "single",
         "states",
         "steady",
         "structures",
         "targets",
         "tick",
-        "token",
         "written",
     )
 
@@ -83,10 +67,9 @@ class Record:
         self.context = context
         self.n_out = program.n_out
         self.out = program.out
-        self.single = program.out.is_array
-        self.nothing = program.out.is_none
+        # How `_call.Fast` makes the result: it is None, or the first array, or built.
+        self.finish = 0 if program.out.is_none else 1 if program.out.is_array else 2
         self.tick = 0
-        self.token = Token(self)
         self.filed = False
         self.forgotten = False  # it closed over tracers, see `forget_jaxpr`
         self.compiled: Any = None  # for calls inside of a trace: just what it reads
@@ -98,8 +81,9 @@ class Record:
         self.targets: tuple[Cell | int, ...] = tuple(
             arg_cells.get(cell, cell) for cell in self.written
         )
-        own = all(type(t) is Cell for t in self.targets)
-        self.cells = self.targets if own else None
+        own = tuple(t for t in self.targets if isinstance(t, Cell))
+        # None if some are States of the arguments, another one in each call.
+        self.cells = own if len(own) == len(self.targets) else None
         # Whether no write can change a structure that is known to be in place.
         self.steady = all(program.reads.get(c) is s for c, s in program.writes.items())
         # The actual States, weakly: a cache must not keep a model alive.

@@ -25,13 +25,16 @@ eval_context = jax.core.eval_context
 # it is built by hand. `replace` and `ClosedJaxpr(jaxpr, consts)` work on both sides.
 
 
-current_trace = functools.partial(jec.find_top_trace, ())
-"""Gives the trace that is current in this thread, to compare (`is`) or to enter again.
+find_top_trace = jec.find_top_trace
+"""Called with `()`, gives the trace that is current in this thread, as `current_trace`.
 
-Since jax 0.4.36 `find_top_trace` looks at no arguments and returns the current trace.
+Since jax 0.4.36 it looks at no arguments and returns the current trace.
 `get_opaque_trace_state` says the same at three times the price, and a call of a jitted
 function asks each time.
 """
+
+current_trace = functools.partial(find_top_trace, ())
+"""Gives the trace that is current in this thread, to compare (`is`) or to enter again."""
 
 with eval_context():
     TOP_LEVEL = current_trace()

@@ -89,7 +89,8 @@ class Compiled:
         self.structures = inputs.structures
         self.consts = inputs.consts
         self.donated = inputs.donated
-        self._records: list[Record] = []  # of the programs compiled here
+        # Of the programs compiled here: by how long the list is that a run gives back.
+        self.records: dict[int, Record] = {}
         self.epoch = -1  # of `shared.structures`, when the structures last fitted
 
         def body(dynamic, flats, consts=(), given=(), given_flats=()):  # type: ignore[no-untyped-def]
@@ -201,9 +202,26 @@ class Compiled:
         self._entry.done(record)
         written = [flat for flat, _ in writes.values()]
         kept = [flats[i] for i in self.untouched(record)]
-        if record not in self._records:
-            self._records.append(record)
-        return {record.token: [*leaves, *written, *kept]}
+        return self._marked(record, [*leaves, *written, *kept])
+
+    def _marked(self, record: Record, outputs: list[Any]) -> list[Any]:
+        """The results, with so many times None that the length names the program.
+
+        Which compiled version a call has run, and so which program, is JAX's affair. It
+        takes a list with None apart and puts it together in C++, and keeps nothing of
+        ours alive for it.
+        """
+        length = len(outputs)
+        while self.records.setdefault(length, record) is not record:
+            length += 1
+        return outputs + [None] * (length - len(outputs))
+
+    def taken_apart(self, out: list[Any]) -> tuple[Record, list[Any], list[Any]]:
+        """What a run gave back: its program, the result's leaves, and the States'."""
+        record = self.records[len(out)]
+        n = record.n_out
+        end = n + len(record.structures) + len(self.untouched(record))
+        return record, out[:n], out[n:end]
 
     def _covers(self, record: Record) -> bool:
         """Whether everything that the program needs is an input here."""

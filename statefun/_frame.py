@@ -160,7 +160,7 @@ class Frame:
         # States that a raw transform has kept the value of, see `forget_inner_traces`.
         self.kept: set[Cell] = set()
         self._contexts = contextlib.ExitStack()
-        self.checks = False  # a runtime check is in flight, see `_call`
+        self.checks = False  # a runtime check is in flight, see `_run`
         self._handed: dict[Cell, tuple[Any, Structure, Any]] = {}
 
     def __enter__(self) -> Frame:
@@ -418,6 +418,7 @@ def turn(cells: Sequence[Cell]) -> Iterator[None]:
         mine = [cell for cell in cells if cell not in shared.taken]
         shared.taken.update(dict.fromkeys(mine, threading.get_ident()))
         shared.busy += 1
+        shared.version += 2  # a call that has read their values must look again
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ import jax
 import jax.extend.core as jec
 import jax.tree_util as jtu
 
-from . import _call, _compat, _frame
+from . import _compat, _entry, _frame
 from ._cache import CacheKey, Record
 from ._call import Caller, Fast
 from ._compat import eval_jaxpr
@@ -284,7 +284,7 @@ class StatefulFunction(Fast, Generic[P, R]):
 
         **Returns:** a list of [`statefun.Retrace`][].
         """
-        return _call.observer.history(self._caller)
+        return _entry.observer.history(self._caller)
 
     def validate_states(self, key: CacheKey, /) -> bool:
         """Whether the States still fit what was traced under `key`.

@@ -37,6 +37,8 @@ LAYERS = (
     ("_program",),
     ("_args", "_cache"),
     ("_compiled",),
+    ("_entry",),
+    ("_run",),
     ("_call",),
     ("_function",),
     ("_rng",),

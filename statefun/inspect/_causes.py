@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 from .. import _frame
 from .._args import Signature, Static
 from .._cache import Record, trace_context
-from .._call import Entry
+from .._entry import Entry
 from .._frame import Cell, Value
 from .._state import State
 from .._structure import ARRAY, Structure, leaves_of, static_key
@@ -94,7 +94,7 @@ class Present:
         self.key = entry.cache_key(self.avals)
         self.configuration = configuration()
         self._context = trace_context()
-        self.parameters = Parameters(entry.caller.fun)
+        self.parameters = Parameters(entry.traces.fun)
         self._captured: Captured | None = None
         self._avals: dict[Cell, tuple] = {}
         # In another entry, the State at the same place of the arguments.
@@ -110,7 +110,7 @@ class Present:
                 for keys, leaf in leaves_with_path(self.entry.signature)
                 if not isinstance(leaf, State)
             ]
-            self._captured = Captured(self.entry.caller.fun, arguments)
+            self._captured = Captured(self.entry.traces.fun, arguments)
         return self._captured.states.get(cell) or cell.name or cell.describe()
 
     def current(self, cell: Cell) -> Value:

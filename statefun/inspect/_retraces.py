@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 
 import jax
 
-from .. import _call
+from .. import _entry
 from .._cache import Record
-from .._call import Caller, Entry, Observer
+from .._call import Caller
+from .._entry import Entry, Observer, Traces
 from .._errors import lesson
 from .._frame import Cell, Value
 from .._structure import leaves_of
@@ -120,7 +121,7 @@ class _History:
                 return (ghost.cause,)
         records = [
             (record, entry)
-            for entry in list(present.entry.caller.entries.values())
+            for entry in list(present.entry.traces.entries.values())
             for record in list(entry.records)
             if record in self.configurations
         ]
@@ -161,14 +162,14 @@ class _Observer(Observer):
     def tracing(
         self, entry: Entry, dynamic: Sequence[Any], known: Mapping[Cell, Value]
     ) -> None:
-        history = _history(entry.caller)
+        history = _history(entry.traces)
         if isinstance(history, _Silent):
             return
         present = Present(entry, dynamic, known)
         causes = history.causes(present)
-        name = entry.caller.options.name
+        name = entry.traces.options.name
         retrace = Retrace(name, history.begun + 1, causes)
-        _check_limits(entry.caller, history, retrace)
+        _check_limits(entry.traces, history, retrace)
         with self._lock:
             history.begun += 1
             history.retraces.append(retrace)
@@ -181,7 +182,7 @@ class _Observer(Observer):
             logger.warning("%s", retrace)
 
     def traced(self, entry: Entry, record: Record) -> None:
-        history = _history(entry.caller)
+        history = _history(entry.traces)
         with self._lock:
             history.last = "tracer" if record.program.closed_over_tracers else "kept"
             under_way = threading.get_ident(), hash(record.key)
@@ -189,8 +190,8 @@ class _Observer(Observer):
             if configuration is not None:
                 history.configurations[record] = configuration
 
-    def forgetting(self, caller: Caller, records: Sequence[Record], why: str) -> None:
-        history = _history(caller)
+    def forgetting(self, traces: Traces, records: Sequence[Record], why: str) -> None:
+        history = _history(traces)
         for record in records:
             program = record.program
             index = {cell: i for i, cell in enumerate(record._arg_cells)}
@@ -206,15 +207,15 @@ class _Observer(Observer):
             cause = Cause(_WHY[why], lost[0] if lost and why == "gone" else "")
             history.ghosts.append(_Ghost(cause, hash(record.key), reads))
 
-    def history(self, caller: Caller) -> list[Any]:
+    def history(self, traces: Traces) -> list[Any]:
         with self._lock:
-            return list(_history(caller).retraces)
+            return list(_history(traces).retraces)
 
 
-def _history(caller: Caller) -> _History:
-    if caller.history is None:
-        caller.history = _History()
-    return caller.history
+def _history(traces: Traces) -> _History:
+    if traces.history is None:
+        traces.history = _History()
+    return traces.history
 
 
 def unobserved(caller: Caller) -> Caller:
@@ -223,7 +224,7 @@ def unobserved(caller: Caller) -> Caller:
     return caller
 
 
-_call.observer = _Observer()
+_entry.observer = _Observer()
 
 
 # -- logging ------------------------------------------------------------------------
@@ -281,7 +282,7 @@ class _Budget:
 
     def __init__(self, limit: int):
         self.limit = limit
-        self.counts: weakref.WeakKeyDictionary[Caller, int]
+        self.counts: weakref.WeakKeyDictionary[Traces, int]
         self.counts = weakref.WeakKeyDictionary()
 
 
@@ -289,16 +290,16 @@ _budgets: contextvars.ContextVar[tuple[_Budget, ...]]
 _budgets = contextvars.ContextVar("statefun_max_traces", default=())
 
 
-def _check_limits(caller: Caller, history: _History, retrace: Retrace) -> None:
+def _check_limits(traces: Traces, history: _History, retrace: Retrace) -> None:
     for begun, limit in history.limits:
         if history.begun - begun >= limit:
             raise _beyond(limit, retrace)
     budgets = _budgets.get()
     for budget in budgets:
-        if budget.counts.get(caller, 0) >= budget.limit:
+        if budget.counts.get(traces, 0) >= budget.limit:
             raise _beyond(budget.limit, retrace)
     for budget in budgets:
-        budget.counts[caller] = budget.counts.get(caller, 0) + 1
+        budget.counts[traces] = budget.counts.get(traces, 0) + 1
 
 
 def _beyond(limit: int, retrace: Retrace) -> TraceLimitError:

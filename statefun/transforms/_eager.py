@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from .. import _call
+from .. import _entry
 from .._call import Caller
 from .._compat import at_top_level, jit_disabled
 from .._compiled import Options
@@ -40,7 +40,7 @@ def answering_for(run: Callable[..., Any]) -> Callable[[F], F]:
 
     def answer(twin: F) -> F:
         twin._caller = caller  # type: ignore[attr-defined]
-        twin.retraces = lambda: _call.observer.history(caller)  # type: ignore[attr-defined]
+        twin.retraces = lambda: _entry.observer.history(caller)  # type: ignore[attr-defined]
         return twin
 
     return answer
