@@ -15,9 +15,9 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
+from ._cell import Cell
 from ._compat import array_class
 from ._errors import lesson
-from ._frame import Cell
 from ._program import Reference, refuse_bare_state
 from ._state import State
 from ._structure import ARRAY, TreeDef, is_identity, static_key, treedef_key

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 
 from . import _compat
+from ._cell import Cell
 from ._compat import eval_context, jit_disabled
-from ._frame import Cell
 from ._program import Program
 from ._state import State
 

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 
 from . import _args, _frame, _program
+from ._cell import lock, shared
 from ._compat import (
     TOP_LEVEL,
     array_class,
@@ -35,7 +36,7 @@ from ._compat import (
 from ._compiled import Eager, Options, Restart
 from ._entry import Elsewhere, Entry, Traces, cells_of
 from ._errors import StateTraceError, lesson
-from ._frame import local, lock, shared
+from ._frame import local
 from ._run import commit, run_at_top, run_in_trace
 from ._state import State
 

@@ -12,11 +12,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from . import _frame
 from ._args import spread_prefix
 from ._cache import Record
+from ._cell import Cell, shared
 from ._compat import Tracer, eval_jaxpr, jit_disabled
-from ._frame import Cell
 from ._program import OutTree
 from ._structure import ARRAY, Structure
 
@@ -127,7 +126,7 @@ class Compiled:
             c.structure is s for c, s in zip(cells, self.structures, strict=True)
         )
         if fits and self.cells is not None:
-            self.epoch = _frame.shared.structures
+            self.epoch = shared.structures
             if self._entry.dead:  # it may die at any moment, and then resets the epoch
                 self.epoch = -1
         return fits

@@ -14,10 +14,10 @@ import numpy as np
 
 from . import _args, _frame, _program
 from ._cache import CacheKey, Record, Records, TracingLock, trace_context
+from ._cell import Cell, Value
 from ._compat import Tracer
 from ._compiled import Compiled, Inputs, Options
 from ._errors import StateValueError, lesson
-from ._frame import Cell
 from ._state import State
 from ._structure import leaves_of, treedef_key
 from .ir import optimize_jaxpr
@@ -35,7 +35,7 @@ class Observer:
     """
 
     def tracing(
-        self, entry: Entry, dynamic: Sequence[Any], known: dict[Cell, _frame.Value]
+        self, entry: Entry, dynamic: Sequence[Any], known: dict[Cell, Value]
     ) -> None:
         """A function is about to be traced; raising forbids it."""
 
@@ -143,7 +143,7 @@ class Entry:
         static_args, static_kwargs, n = self._key
         return CacheKey(static_args, tuple(avals[:n]), static_kwargs, tuple(avals[n:]))
 
-    def record(self, dynamic: Sequence[Any], known: dict[Cell, _frame.Value]) -> Record:
+    def record(self, dynamic: Sequence[Any], known: dict[Cell, Value]) -> Record:
         """The program for these arguments and States: a cached one, or traced now."""
         with self.traces.tracing():
             record = self._find(dynamic, known)
@@ -172,9 +172,7 @@ class Entry:
                 self.learn(record)
             return record
 
-    def _find(
-        self, dynamic: Sequence[Any], known: dict[Cell, _frame.Value]
-    ) -> Record | None:
+    def _find(self, dynamic: Sequence[Any], known: dict[Cell, Value]) -> Record | None:
         avals = tuple(jax.typeof(x) for x in dynamic)
         context = trace_context()
         temporary = [self._temporary] if self._temporary is not None else []
@@ -201,7 +199,7 @@ class Entry:
         finally:
             self._present.states = before
 
-    def _trace(self, dynamic: Sequence[Any], known: dict[Cell, _frame.Value]) -> Record:
+    def _trace(self, dynamic: Sequence[Any], known: dict[Cell, Value]) -> Record:
         traces, options = self.traces, self.traces.options
         observer.tracing(self, dynamic, known)
         traces.records.misses += 1
@@ -420,7 +418,7 @@ def cells_of(targets: Any, states: Sequence[State]) -> list[Cell]:
     return [t if type(t) is Cell else states[t]._cell for t in targets]
 
 
-def _fits(value: _frame.Value, structure: Any, avals: tuple) -> bool:
+def _fits(value: Value, structure: Any, avals: tuple) -> bool:
     flat, present = value
     if present is not structure:
         return False

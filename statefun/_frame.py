@@ -22,14 +22,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import types
-import weakref
-from collections.abc import (
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -37,75 +30,18 @@ import jax.tree_util as jtu
 import numpy as np
 
 from . import _compat
+from ._cell import UNSET, Cell, Value, commit, committed, lock, shared
 from ._compat import Tracer
 from ._errors import StateTraceError, lesson
+from ._lessons import foreign_creation, foreign_read, foreign_write, mutated
 from ._structure import Structure, flat_of, leaves_of
-
-UNSET: Any = type("Unset", (), {"__repr__": lambda self: "<no value>"})()
-"""The committed value of a State that was created inside a trace, until that ends."""
-
-
-class Cell:
-    """The storage of one State, and what errors say about it."""
-
-    __slots__ = (
-        "__weakref__",
-        "flat",
-        "handle",
-        "kind",
-        "name",
-        "path",
-        "structure",
-        "where",
-    )
-
-    def __init__(self, kind: type, name: str | None, where: str):
-        self.flat: Any = UNSET
-        self.structure: Structure = None  # type: ignore[assignment]
-        self.kind = kind
-        self.name = name
-        self.where = where
-        self.path: str | None = None
-        self.handle: weakref.ref | None = None
-
-    def describe(self) -> str:
-        name = f" {self.name!r}" if self.name is not None else ""
-        path = f" at `{self.path}`" if self.path else ""
-        return f"{self.kind.__name__}{name}{path} (created at {self.where})"
-
-    __repr__ = describe
-
-
-Value = tuple[Any, Structure]  # flat, and how it is put together
 
 
 class _Local(threading.local):
     frame: Frame | None = None
 
 
-class _Shared:
-    """Counters that let a call see at a glance that nothing else happened."""
-
-    __slots__ = ("busy", "generation", "structures", "taken", "version")
-
-    def __init__(self) -> None:
-        self.taken: dict[Cell, int] = {}  # States lent to a donating call: by thread
-        # Frames under way and States taken, in any thread: while there are none, a call
-        # needs to look for neither.
-        self.busy = 0
-        # Grows by two with every commit, and is odd while one is being made: values that
-        # were read between two looks at the same even number are of one moment.
-        self.version = 0
-        self.structures = 0  # grows when a State changes structure
-        self.generation = 0  # see `forget_inner_traces`
-
-
 local = _Local()
-shared = _Shared()
-lock = threading.RLock()
-"""Held for the moment of a snapshot or a commit, never while JAX runs. Re-entrant,
-because a finalizer that touches a State may run at any moment."""
-_given_back = threading.Condition(lock)
 
 
 # -- primitives ---------------------------------------------------------------------
@@ -354,81 +290,6 @@ class TracedFrame(Frame):
         super().__exit__(kind, *rest)
 
 
-# -- the committed values -----------------------------------------------------------
-
-
-def committed(cell: Cell) -> Value:
-    with lock:
-        if shared.taken:
-            wait_for([cell])
-        flat, structure = cell.flat, cell.structure
-    if flat is UNSET:
-        raise StateTraceError(
-            lesson(
-                f"{cell.describe()} has no value.",
-                "it was created inside a traced function and was not returned by it, so "
-                "its value ended with the trace.",
-                "return the module that holds the State from the function, or create the "
-                "State outside.",
-            )
-        )
-    return flat, structure
-
-
-def commit(writes: Mapping[Cell, Value], seen: Mapping[Cell, Any]) -> bool:
-    """Writes all the values in one step, unless one has changed since it was seen."""
-    with lock:
-        if shared.taken:
-            wait_for(writes)
-        if any(c.flat is not seen[c] for c in writes if c in seen):
-            return False
-        assign(
-            writes,
-            [flat for flat, _ in writes.values()],
-            [structure for _, structure in writes.values()],
-        )
-    return True
-
-
-def assign(
-    cells: Iterable[Cell], flats: Iterable[Any], structures: Iterable[Structure]
-) -> None:
-    """Sets values; to be called with the lock held."""
-    shared.version += 1
-    for cell, flat, structure in zip(cells, flats, structures, strict=True):
-        cell.flat = flat
-        if cell.structure is not structure:
-            cell.structure = structure
-            shared.structures += 1
-    shared.version += 1
-
-
-def wait_for(cells: Iterable[Cell]) -> None:
-    """To be called with the lock held: waits until no other thread has the States."""
-    cells, me = list(cells), threading.get_ident()
-    while any(shared.taken.get(cell, me) != me for cell in cells):
-        _given_back.wait()
-
-
-@contextlib.contextmanager
-def turn(cells: Sequence[Cell]) -> Iterator[None]:
-    """Keeps the States from all other threads, which wait."""
-    with lock:
-        wait_for(cells)
-        mine = [cell for cell in cells if cell not in shared.taken]
-        shared.taken.update(dict.fromkeys(mine, threading.get_ident()))
-        shared.busy += 1
-        shared.version += 2  # a call that has read their values must look again
-    try:
-        yield
-    finally:
-        with lock:
-            shared.busy -= 1
-            for cell in mine:
-                del shared.taken[cell]
-            _given_back.notify_all()
-
-
 # -- what a State does with its cell ------------------------------------------------
 
 
@@ -585,58 +446,3 @@ def trace_context() -> Any:
             break
         frame = frame.parent
     return _compat.trace_generation(shared.generation)
-
-
-# -- lessons ------------------------------------------------------------------------
-
-
-_TWINS = "`sf.filter_jit`, `sf.filter_grad`, `sf.filter_vmap`, `sf.scan`, …"
-
-
-def foreign_read(cell: Cell) -> StateTraceError:
-    return StateTraceError(
-        lesson(
-            f"{cell.describe()} was read inside a raw JAX transform.",
-            "`jax.jit`, `eqx.filter_jit`, `jax.lax.scan` and the like trace the function "
-            "once and keep what they saw: the State's value would be frozen into the "
-            "compiled code, and later changes of the State would be ignored.",
-            f"use the transform of the same name from statefun ({_TWINS}), or read the "
-            "State outside and pass the value in.",
-        )
-    )
-
-
-def foreign_write(cell: Cell) -> StateTraceError:
-    return StateTraceError(
-        lesson(
-            f"{cell.describe()} was written inside a raw JAX transform.",
-            "the value belongs to a JAX trace that statefun does not see (`jax.grad`, "
-            "`jax.vmap`, `jax.jit`, `jax.lax.scan`, an `eqx.filter_…`): it would be "
-            "stored as a tracer and be meaningless as soon as the transform ends.",
-            f"use the transform of the same name from statefun ({_TWINS}): it takes the "
-            "value out of the transform and writes it to the State.",
-        )
-    )
-
-
-def foreign_creation(cell: Cell) -> StateTraceError:
-    return StateTraceError(
-        lesson(
-            f"{cell.describe()} was given a tracer inside a raw JAX transform.",
-            "a State created there would hold a tracer, which is meaningless as soon as "
-            "the transform ends.",
-            f"use the transform of the same name from statefun ({_TWINS}): States that "
-            "the function creates and returns in a module come out with their values.",
-        )
-    )
-
-
-def mutated(cell: Cell) -> StateTraceError:
-    return StateTraceError(
-        lesson(
-            f"the value of {cell.describe()} was changed in place inside a trace.",
-            "`.value` puts the value together anew, so a change to one of its lists or "
-            "dicts would be lost.",
-            "assign the new value: `v = dict(state.value); v['k'] = x; state.value = v`.",
-        )
-    )

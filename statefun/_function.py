@@ -13,10 +13,10 @@ import jax.tree_util as jtu
 from . import _compat, _entry, _frame
 from ._cache import CacheKey, Record
 from ._call import Caller, Fast
+from ._cell import Cell
 from ._compat import eval_jaxpr
 from ._compiled import Options
 from ._errors import StateValueError, lesson
-from ._frame import Cell
 from ._program import Program
 from ._state import State
 from ._structure import Structure, TreeDef, flatten, leaves_of, normalise

@@ -19,9 +19,10 @@ import jax.extend.core as jec
 import jax.tree_util as jtu
 
 from . import _compat, _frame
+from ._cell import Cell, Value
 from ._compat import Tracer
 from ._errors import StateTypeError, lesson
-from ._frame import Cell, TracedFrame, Value
+from ._frame import TracedFrame
 from ._state import Shell, State
 from ._structure import ARRAY, Structure, TreeDef, flat_of, flatten, leaves_of
 

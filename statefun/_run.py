@@ -9,9 +9,11 @@ from jax.experimental.checkify import check_error
 
 from . import _frame
 from ._cache import Record
+from ._cell import Cell, assign, lock, shared, turn, wait_for
 from ._compiled import Compiled, Restart
 from ._entry import Elsewhere, Entry, cells_of
-from ._frame import Cell, local, lock, shared
+from ._frame import local
+from ._lessons import foreign_write
 from ._state import State
 
 
@@ -33,7 +35,7 @@ def run_at_top(
         cells = compiled.cells or cells_of(compiled.targets, states)
         with lock:
             if shared.taken:
-                _frame.wait_for(cells)
+                wait_for(cells)
             version = shared.version
             flats = [cell.flat for cell in cells]
             fits = compiled.epoch == shared.structures or (
@@ -55,7 +57,7 @@ def run_at_top(
         with lock:
             alone = shared.version == version  # nobody has written or taken anything
             if alone and targets:
-                _frame.assign(targets, written, record.structures)
+                assign(targets, written, record.structures)
             elif not alone and not commit(record, cells, flats, targets, written):
                 continue
         if (
@@ -84,9 +86,9 @@ def _run_donating(
         if not compiled.donated:
             return run_at_top(entry, dynamic, states, fixed)
         cells = cells_of(compiled.targets, states)
-        with _frame.turn([cells[i] for i in compiled.donated]):
+        with turn([cells[i] for i in compiled.donated]):
             with lock:
-                _frame.wait_for(cells)
+                wait_for(cells)
                 flats = [cell.flat for cell in cells]
                 fits = not entry.dead and compiled.accepts(cells)
             if not fits:
@@ -100,7 +102,7 @@ def _run_donating(
             record, leaves, new = compiled.taken_apart(out)
             untouched = compiled.untouched(record)
             with lock:
-                _frame.assign(
+                assign(
                     cells_of(record.targets, states) + [cells[i] for i in untouched],
                     new,
                     [
@@ -130,7 +132,7 @@ def run_in_trace(entry: Entry, dynamic: Sequence[Any], states: Sequence[State]) 
     if frame is not None:
         frame.checks |= record.may_fail
     elif targets:
-        raise _frame.foreign_write(targets[0])
+        raise foreign_write(targets[0])
     values = zip(written, record.structures, strict=True)
     _frame.write(dict(zip(targets, values, strict=True)))
     out = record.out.build(leaves, states)
@@ -160,10 +162,10 @@ def commit(
     - `targets`, `written`: what it has written.
     """
     if shared.taken:  # a donating call has the States: after it
-        _frame.wait_for(targets)
+        wait_for(targets)
     if not record.effects:
         seen = dict(zip(cells, flats, strict=True))
         if any(c.flat is not seen[c] for c in targets if c in seen):
             return False
-    _frame.assign(targets, written, record.structures)
+    assign(targets, written, record.structures)
     return True

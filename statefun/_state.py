@@ -12,6 +12,7 @@ import equinox as eqx
 import jax
 
 from . import _errors, _frame
+from ._cell import UNSET, Cell, Value
 from ._errors import StateTypeError, lesson
 from ._structure import Structure, flatten, leaves_of, normalise
 
@@ -70,7 +71,7 @@ class State(Generic[T]):
 
     __slots__ = ("__weakref__", "_cell")
 
-    _cell: _frame.Cell
+    _cell: Cell
 
     # A kind of State whose value, though it is shared, differs between the lanes of a
     # vmap or the devices of a shard_map (random keys) says here what lane `index` of
@@ -85,7 +86,7 @@ class State(Generic[T]):
         self._attach(flat, structure, name, _errors.caller(self))
 
     def _attach(self, flat: Any, structure: Any, name: str | None, where: str) -> None:
-        cell = _frame.Cell(type(self), name, where)
+        cell = Cell(type(self), name, where)
         cell.handle = weakref.ref(self)
         _frame.create(cell, flat, structure)
         self._cell = cell
@@ -166,12 +167,12 @@ class State(Generic[T]):
     def _stand_in(self, path: str) -> State[T]:
         """A State of the same kind and name without a value, for a traced function."""
         new = self._shell()._bare()
-        new._cell = _frame.Cell(type(self), self.name, self._cell.where)
+        new._cell = Cell(type(self), self.name, self._cell.where)
         new._cell.path = path
         new._cell.handle = weakref.ref(new)
         return new
 
-    def _like(self, value: _frame.Value) -> State[T]:
+    def _like(self, value: Value) -> State[T]:
         return self._shell().state(*value)
 
     def __reduce__(self) -> Any:
@@ -256,7 +257,7 @@ def _unpickle(shell: Shell, value: Any) -> Any:
 
 
 def _summary(flat: Any, structure: Any) -> str:
-    if flat is _frame.UNSET:
+    if flat is UNSET:
         return "<no value>"
     leaves = leaves_of(flat, structure)
     if leaves is not flat:  # one array

@@ -13,8 +13,8 @@ import jax
 import jax.tree_util as jtu
 
 from . import _frame
+from ._cell import Cell, Value
 from ._errors import StateValueError, lesson
-from ._frame import Cell, Value
 from ._state import State
 from ._structure import (
     ARRAY,

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import statefun as sf
-from statefun import _frame
+from statefun import _cell, _frame
 from statefun._frame import Overlay, TracedFrame, nested, transaction
 
 
@@ -627,7 +627,7 @@ def test_two_states_written_together_are_never_seen_apart():
 
     def watch():
         while not stop.is_set():
-            with _frame.lock:  # as a call takes its snapshot
+            with _cell.lock:  # as a call takes its snapshot
                 values = [int(cell.flat) for cell in both]
             if values[0] != values[1]:
                 torn.append(values)
@@ -654,21 +654,21 @@ def test_states_lent_to_a_donating_call_make_others_wait():
 
     thread = threading.Thread(target=work)
     thread.start()
-    with _frame.turn(cells):
+    with _cell.turn(cells):
         inside.set()
         # The owner is not kept out by itself, nor is a nested turn given back early.
-        with _frame.turn(cells):
+        with _cell.turn(cells):
             state.value = 2
-        assert cells[0] in _frame.shared.taken
+        assert cells[0] in _cell.shared.taken
         order.append(("written", state.value.item()))
     thread.join()
     assert order == [("written", 2), ("read", 2)]
-    assert not _frame.shared.taken
+    assert not _cell.shared.taken
 
 
 def test_a_turn_ends_when_its_call_fails():
     state = sf.State(1)
-    with pytest.raises(Failed), _frame.turn([state._cell]):
+    with pytest.raises(Failed), _cell.turn([state._cell]):
         raise Failed
     assert in_thread(lambda: state.value) == 1
 

@@ -31,6 +31,8 @@ LAYERS = (
     ("_errors", "_promotion"),
     ("ir",),
     ("_structure",),
+    ("_cell",),
+    ("_lessons",),
     ("_frame",),
     ("_state",),
     ("_tree",),

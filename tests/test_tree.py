@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import statefun as sf
-from statefun import _frame
+from statefun import _cell
 
 
 def here() -> str:
@@ -465,10 +465,10 @@ def test_two_traced_values_for_one_state_are_refused_by_path():
 def test_an_update_is_one_commit():
     # Nobody may see half of it: both States change in one step, or none.
     tree = (sf.State(0), sf.State(0))
-    before = _frame.shared.version
+    before = _cell.shared.version
     sf.update(tree, (1, 1))
     # Odd while it is being made, even again after it.
-    assert _frame.shared.version == before + 2
+    assert _cell.shared.version == before + 2
 
 
 def test_an_update_inside_jit_is_a_write():

@@ -14,8 +14,8 @@ import jax.tree_util as jtu
 from .. import _frame
 from .._args import Signature, Static
 from .._cache import Record, trace_context
+from .._cell import UNSET, Cell, Value
 from .._entry import Entry
-from .._frame import Cell, Value
 from .._state import State
 from .._structure import ARRAY, Structure, leaves_of, static_key
 from ._names import Captured, Parameters
@@ -133,7 +133,7 @@ class Present:
                 flat, present = self.current(here)
                 if present is not structure:
                     n += 1
-                elif flat is not _frame.UNSET:
+                elif flat is not UNSET:
                     n += _count(avals, self._state_avals(here, flat, structure))
         return n
 
@@ -255,7 +255,7 @@ def state_change(
 ) -> tuple[str, str, str] | None:
     """What is different about a State's value; None if nothing is."""
     flat, present = value
-    if flat is _frame.UNSET:
+    if flat is UNSET:
         return None
     if present is not structure:
         trees = [s.treedef.unflatten(s.statics) for s in (structure, present)]

@@ -13,9 +13,9 @@ import jax.tree_util as jtu
 from .._args import Static
 from .._cache import Record
 from .._call import Caller
+from .._cell import Cell
 from .._compiled import Options
 from .._entry import Entry
-from .._frame import Cell
 from .._function import StatefulFunction, name_of
 from .._program import Argument, Program, Reference
 from .._state import State

@@ -17,7 +17,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from .. import _frame
-from .._frame import Cell
+from .._cell import UNSET, Cell
 from .._state import State
 
 
@@ -87,7 +87,7 @@ class Captured:
         if isinstance(thing, State):
             self.states.setdefault(thing._cell, name)
             flat, structure = _frame.current(thing._cell)
-            if flat is not _frame.UNSET:
+            if flat is not UNSET:
                 yield from _leaves(f"{name}.value", structure.unflatten(flat))
         elif eqx.is_array(thing):
             self.arrays.setdefault(id(thing), name)

@@ -19,9 +19,9 @@ import jax
 from .. import _entry
 from .._cache import Record
 from .._call import Caller
+from .._cell import Cell, Value
 from .._entry import Entry, Observer, Traces
 from .._errors import lesson
-from .._frame import Cell, Value
 from .._structure import leaves_of
 from ._causes import Cause, Kind, Present
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .. import _frame
-from .._frame import Cell
+from .._cell import Cell
 from .._state import Param, State
 
 T = TypeVar("T")

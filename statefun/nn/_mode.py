@@ -8,6 +8,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from .. import _frame
+from .._cell import UNSET
 from .._state import State
 
 T = TypeVar("T")
@@ -105,7 +106,7 @@ def _mentions_flags(state: State) -> bool:
     must not become inputs of it.
     """
     flat, structure = _frame.current(state._cell)
-    value = state.value if flat is _frame.UNSET else structure.unflatten(flat)
+    value = state.value if flat is UNSET else structure.unflatten(flat)
     return _has_flags(value) or any(
         _mentions_flags(leaf)
         for leaf in jtu.tree_leaves(value)

@@ -8,8 +8,8 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
+from .._cell import Cell
 from .._errors import StateTypeError, StateValueError, lesson
-from .._frame import Cell
 from .._state import Param, State
 from .._structure import flatten
 from .._tree import _children, _first_difference, states

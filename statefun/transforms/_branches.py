@@ -10,8 +10,8 @@ import jax.tree_util as jtu
 from jax import lax
 
 from .. import _frame
+from .._cell import Cell, Value
 from .._errors import StateValueError, lesson
-from .._frame import Cell, Value
 from .._program import OutTree, Program, Reference
 from .._structure import ARRAY, LEAF, Structure, leaves_of, static_key
 from ._eager import answering_for, compiled_when_eager

@@ -13,9 +13,9 @@ import jax.tree_util as jtu
 from jax import lax
 
 from .. import _frame
+from .._cell import Cell, Value
 from .._compat import Tracer
 from .._errors import StateTraceError, lesson
-from .._frame import Cell, Value
 from .._program import Program
 from .._structure import static_key, treedef_key
 from ._eager import answering_for, compiled_when_eager

@@ -11,7 +11,7 @@ import jax.extend.core as jec
 import jax.numpy as jnp
 
 from .. import _frame
-from .._frame import Value
+from .._cell import Value
 from .._program import unpack
 from .._structure import flatten, static_key, treedef_key
 from ._thread import (

@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec
 
 from .. import _frame
 from .._args import spread_prefix
+from .._cell import Cell, Value
 from .._compat import varying_axes
 from .._errors import StateTraceError, lesson
-from .._frame import Cell, Value
 from .._program import unpack
 from .._structure import leaves_of
 from ._state_axes import reachable, rule

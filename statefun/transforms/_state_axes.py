@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.tree_util as jtu
 
-from .._frame import Cell
+from .._cell import Cell
 from .._state import State
 
 

@@ -26,9 +26,10 @@ import jax
 import jax.tree_util as jtu
 
 from .. import _frame, _program
+from .._cell import Cell, Value
 from .._compat import eval_jaxpr
 from .._errors import StateValueError, lesson
-from .._frame import Cell, Overlay, Value, transaction as transaction
+from .._frame import Overlay, transaction as transaction
 from .._program import Program, pack, refuse_bare_state
 from .._state import State
 from .._structure import Structure, flatten, leaves_of

@@ -13,8 +13,8 @@ import numpy as np
 from jax import lax
 
 from .. import _compat, _frame
+from .._cell import Cell, Value
 from .._errors import StateTraceError, lesson
-from .._frame import Cell, Value
 from .._program import unpack
 from .._structure import flat_of, leaves_of
 from ._state_axes import reachable, rule
