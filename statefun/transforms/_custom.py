@@ -26,9 +26,10 @@ import jax.tree_util as jtu
 from jax.custom_derivatives import SymbolicZero
 
 from .. import _frame
+from .._cell import Cell, Value
 from .._compat import Tracer
 from .._errors import StateTraceError, lesson
-from .._frame import Cell, TracedFrame, Value
+from .._frame import TracedFrame
 from .._program import Program, unpack
 from .._structure import Structure, leaves_of
 from ._thread import (

@@ -9,7 +9,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from .. import _frame
-from .._frame import Cell, Value
+from .._cell import Cell, Value
 from .._program import unpack
 from .._structure import Structure
 from ._custom import CustomDerivative, Touched, ahead, too_late
