@@ -115,7 +115,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Prints call times beside those of the peers, with the budget of each row."""
-    install(session, "test,bench")
+    install(session, "test,bench,examples")
     platform = os.environ.get("JAX_PLATFORMS", "cpu")
     session.run(
         "python",
