@@ -268,6 +268,83 @@ def test_error_if_does_in_a_twin_what_it_does_without(on_error, count, last):
         assert count.value == 4
 
 
+NESTS = {
+    "jit": lambda m, f: m.filter_jit(f),
+    "grad": lambda m, f: m.filter_grad(f),
+    "jit(grad)": lambda m, f: m.filter_jit(m.filter_grad(f)),
+    "jit(vmap(grad))": lambda m, f: m.filter_jit(
+        lambda x: m.filter_vmap(m.filter_grad(f))(jnp.stack([x, 2 * x]))
+    ),
+}
+
+
+def debug_announces(x):
+    return jnp.sum(eqx.debug.announce_transform(x, name="here")) * 3
+
+
+def debug_stores_dce(x):
+    return jnp.sum(eqx.debug.store_dce(x)) * 3
+
+
+def debug_watches_the_backward_pass(x):
+    return jnp.sum(eqx.debug.backward_nan(x, name="here")) * 3
+
+
+def debug_may_break(x):
+    eqx.debug.breakpoint_if(jnp.any(x < 0))
+    return jnp.sum(x) * 3
+
+
+@pytest.mark.parametrize("nest", NESTS)
+@pytest.mark.parametrize(
+    "function",
+    [
+        debug_announces,
+        debug_stores_dce,
+        debug_watches_the_backward_pass,
+        debug_may_break,
+    ],
+)
+def test_eqx_debug_does_in_a_twin_what_it_does_in_equinox(
+    function, nest, count, last, capfd
+):
+    # Where JAX refuses it (a callback that is differentiated), it is refused here, too.
+    def stateful(x):
+        count.value += 1
+        return function(x + last.value)
+
+    def outcome(module, f):
+        jax.clear_caches()  # `announce_transform` prints when JAX traces
+        try:
+            result = NESTS[nest](module, f)(GOOD)
+            jax.effects_barrier()
+        except Exception as error:
+            return type(error), ""
+        return result, capfd.readouterr().out
+
+    (want, printed), (result, ours) = outcome(eqx, function), outcome(sf, stateful)
+    if isinstance(want, type):
+        assert result is want
+        assert count.value == 0
+        return
+    assert np.array_equal(result, want)
+    assert count.value == 1
+    assert ("here" in ours) == ("here" in printed)
+
+
+def test_eqx_debug_tells_which_code_is_eliminated(count, capfd):
+    @sf.filter_jit
+    def f(x):
+        count.value += 1
+        y, _ = eqx.debug.store_dce((x + 1, x + 2), name="here")
+        return y
+
+    f(GOOD)
+    eqx.debug.inspect_dce(name="here")
+    assert "<DCE'd>" in capfd.readouterr().out
+    assert count.value == 1
+
+
 def test_assert_max_traces_counts_the_traces_of_a_body(count):
     @eqx.debug.assert_max_traces(max_traces=1)
     def f(c, x):

@@ -324,6 +324,26 @@ def test_a_split_state_may_be_written_without_being_read(mesh, pieces, jitted):
     assert np.array_equal(pieces.value, X * X)
 
 
+def test_a_state_that_holds_a_module_is_split_leaf_by_leaf(mesh, key):
+    net = eqx.nn.Linear(3, 8, key=key)
+    held = sf.Param(net, name="net")
+
+    def f(x):
+        y = held.value(x)
+        held.value = jax.tree.map(lambda p: p * 2, held.value)
+        return y
+
+    run = sf.shard_map(
+        f, mesh=mesh, in_specs=P(), out_specs=P("d"), state_specs=[(held, P("d"))]
+    )
+    x = jnp.ones(3)
+    np.testing.assert_allclose(run(x), net(x), rtol=1e-6)
+    assert np.array_equal(held.value.weight, 2 * net.weight)
+    assert np.array_equal(held.value.bias, 2 * net.bias)
+    pieces = held.value.weight.addressable_shards
+    assert [piece.data.shape for piece in pieces] == [(2, 3)] * 4
+
+
 # -- gradients, nests, failures -----------------------------------------------------
 
 
