@@ -594,6 +594,43 @@ def test_a_twin_inside_a_raw_transform_may_read_a_state(twin):
         assert jax.vmap(f)(jnp.arange(2.0))[1] == value
 
 
+INNER = TWINS | {
+    "filter_jvp": lambda f: lambda x: sf.filter_jvp(f, (x,), (x,))[0],
+    "filter_vjp": lambda f: lambda x: sf.filter_vjp(f, x)[0],
+    "associative_scan": lambda f: (
+        lambda x: sf.associative_scan(lambda a, b: f(a) + 0 * b, jnp.stack([x, x]))[1]
+    ),
+}
+
+
+@pytest.mark.parametrize("twin", INNER)
+@pytest.mark.parametrize(
+    "name", ["jax.jit", "eqx.filter_jit", "lax.scan", "lax.cond", "jax.checkpoint"]
+)
+def test_a_twin_inside_a_raw_transform_inside_a_twin_sees_the_present_value(name, twin):
+    """The read of the inner twin is one that jax keeps, like a read without it."""
+    w = sf.State(jnp.array(3.0), name="w")
+    inner = RAW[name](INNER[twin](lambda x: w.value * x))
+    outer = sf.filter_value_and_grad(lambda x: inner(x))
+
+    def want(value, x):
+        return RAW[name](lambda y: value * y)(x)
+
+    x = jnp.array(2.0)
+    for value in (3.0, 5.0):
+        w.value = value
+        assert outer(x)[0] == want(value, x)
+
+    @sf.filter_jit
+    def step(x):
+        first = inner(x)
+        w.value += 2
+        return first, inner(x)
+
+    assert [float(y) for y in step(x)] == [want(5.0, x), want(7.0, x)]
+    assert [float(y) for y in step(x)] == [want(7.0, x), want(9.0, x)]
+
+
 def test_a_twin_inside_a_raw_transform_that_writes_raises():
     w = sf.State(jnp.array(3.0), name="w")
 
