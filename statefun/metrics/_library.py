@@ -6,7 +6,9 @@ from typing import Any, Protocol, Self
 
 import equinox as eqx
 import jax.tree_util as jtu
+import numpy as np
 
+from .._compat import Tracer
 from .._promotion import library_promotion
 from .._state import State
 
@@ -92,13 +94,37 @@ class Metric(eqx.Module):
         self.state.value = new
 
     def compute(self) -> Any:
-        """The metric so far; without data, what the library says of its empty metric."""
-        with library_promotion():
-            return self.state.value.compute()
+        """The metric so far.
+
+        **Returns:** what the library computes; without data, what it says of its empty
+        metric (metrax's `Precision` and `MSE` are 0 then).
+
+        **Raises:** `ValueError` if there are no data, and the library has no answer to
+        that.
+        """
+        value = self.state.value
+        try:
+            with library_promotion():
+                return value.compute()
+        except Exception as error:
+            if not _same(value, self.kind.empty()):
+                raise
+            raise ValueError(
+                f"{self.kind.__name__} can't be computed: it has no data. Call `update` "
+                "first."
+            ) from error
 
     def reset(self) -> None:
         """Starts again."""
         self.state.value = self.kind.empty()
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two metrics are known to hold the same values."""
+    a, b = jtu.tree_leaves(a), jtu.tree_leaves(b)
+    if any(isinstance(x, Tracer) for x in a) or len(a) != len(b):
+        return False
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def _of_dtype(old: Any, new: Any) -> Any:

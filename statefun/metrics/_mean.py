@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
 from .. import _frame
+from .._errors import lesson
 from .._state import State
 
 
@@ -57,6 +58,7 @@ class Mean(eqx.Module):
             leaves values out, also if they are NaN.
 
         **Raises:** `ValueError` if `weights` doesn't broadcast to the shape of `values`.
+        `NameError` if no axis of the metric's name is mapped.
 
         !!! example
 
@@ -75,13 +77,27 @@ class Mean(eqx.Module):
         total = jnp.sum(jnp.where(given == 0, jnp.zeros_like(values), values * given))
         weight = jnp.sum(given)
         if self.axis_name is not None:
-            total, weight = lax.psum((total, weight), self.axis_name)
+            total, weight = self._over_lanes((total, weight))
 
         def add() -> None:
             self.total.value += total
             self.weight.value += weight
 
         _frame.transaction(add)
+
+    def _over_lanes(self, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        try:
+            return lax.psum(sums, self.axis_name)
+        except NameError as error:
+            raise NameError(
+                lesson(
+                    f"a metric was updated outside of its mapped axes {self.axis_name!r}: "
+                    f"{error}.",
+                    "it sums over the lanes of these axes.",
+                    "`sf.filter_vmap(f, axis_name=…)` with the name that the metric was "
+                    "given, or a metric without a name.",
+                )
+            ) from error
 
     def compute(self) -> Float[Array, ""]:
         """The mean so far; NaN if there was no value, or only of weight zero."""

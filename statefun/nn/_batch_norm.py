@@ -185,8 +185,9 @@ class BatchNorm(eqx.Module):
         if values <= 1:
             raise ValueError(
                 lesson(
-                    "BatchNorm was given a batch of one in training, and so one value for "
-                    "each channel.",
+                    f"BatchNorm was given {'a batch of one' if values else 'no batch'} "
+                    f"in training, and so {'one' if values else 'no'} value for each "
+                    "channel.",
                     "the variance of one value is zero: the output would be the bias, "
                     "whatever the input, and no gradient would flow.",
                     "use a larger batch (drop the last, short one), or "

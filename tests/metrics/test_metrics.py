@@ -67,6 +67,16 @@ def test_a_mean_without_an_axis_name_is_refused_in_lanes():
     assert np.isnan(mean.compute())
 
 
+def test_a_wrong_axis_name_is_an_error_that_says_so():
+    accuracy = metrics.Accuracy(axis_name="batch")
+    message = "a metric was updated outside of its mapped axes 'batch'"
+    with pytest.raises(NameError, match=message):
+        accuracy.update(jnp.array([1]), jnp.array([1]))
+    with pytest.raises(NameError, match=message):
+        sf.filter_vmap(accuracy.update, axis_name="other")(jnp.eye(2), jnp.arange(2))
+    assert jnp.isnan(accuracy.compute())
+
+
 def test_a_mean_accumulates_in_scan_and_takes_no_part_in_gradients():
     mean = metrics.Mean()
 
@@ -169,3 +179,14 @@ def test_metrics_of_metrax_equal_the_library_used_by_hand():
                 update(p, y)
                 by_hand = by_hand.merge(kind.from_model_output(predictions=p, labels=y))
             np.testing.assert_allclose(metric.compute(), by_hand.compute(), rtol=1e-6)
+
+
+def test_a_metric_of_a_library_without_data_is_what_the_library_says():
+    metrax = pytest.importorskip("metrax")
+    for kind in (metrax.Precision, metrax.MSE):
+        assert float(metrics.Metric(kind).compute()) == 0.0
+    roc = metrics.Metric(metrax.AUCROC)
+    with pytest.raises(ValueError, match="AUCROC can't be computed: it has no data"):
+        roc.compute()
+    roc.update(predictions=jnp.array([0.1, 0.9]), labels=jnp.array([0, 1]))
+    roc.compute()

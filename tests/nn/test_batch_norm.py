@@ -207,6 +207,32 @@ def test_a_step_is_traced_once():
     assert len(traces) == 1
 
 
+def test_layers_of_one_shape_share_a_trace():
+    traces = []
+
+    @sf.filter_jit
+    def run(layer, x):
+        traces.append(1)
+        return layer(x)
+
+    (x,), layers = batches(1, 6, 3), [nn.BatchNorm(3), nn.BatchNorm(3)]
+    for layer in layers:
+        run(layer, x)
+    assert len(traces) == 1
+    assert [int(layer.count.value) for layer in layers] == [1, 1]
+
+
+def test_members_of_an_ensemble_have_statistics_of_their_own():
+    members = sf.filter_vmap(lambda _: nn.BatchNorm(3))(jnp.zeros(2))
+    (x,), alone = batches(1, 6, 3), nn.BatchNorm(3)
+    scale = jnp.array([1.0, 5.0])
+    run = sf.filter_vmap(lambda layer, s: layer(x * s), state_axes=0)
+    out = run(members, scale)
+    assert_close(out[1], alone(5 * x))
+    assert members.running_mean.value.shape == (2, 3)
+    assert_close(members.running_mean.value[1], alone.running_mean.value)
+
+
 def test_a_wrong_axis_name_is_an_error_that_says_so():
     layer = nn.BatchNorm(3, axis_name="batch")
     with pytest.raises(NameError, match=r"outside of its mapped axes \('batch',\)"):
@@ -223,6 +249,8 @@ def test_a_batch_of_one_in_training_is_an_error():
     lanes = nn.BatchNorm(3, axis_name="batch")
     with pytest.raises(ValueError, match="given a batch of one in training"):
         sf.filter_vmap(lanes, axis_name="batch")(jnp.ones((1, 3)))
+    with pytest.raises(ValueError, match="given no batch in training"):
+        layer(jnp.ones((0, 3)))
     layer(jnp.arange(12.0).reshape(1, 3, 4))  # with spatial axes there is a variance
     assert int(layer.count.value) == 1
 
