@@ -234,6 +234,28 @@ def test_every_device_draws_its_own_key():
     assert rng.value.shape == ()
 
 
+def test_one_device_draws_what_eager_mode_draws():
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    rng, alone = Rng(7), Rng(7)
+
+    def f(x):
+        return jnp.stack([rng(), rng()])
+
+    got = sf.shard_map(f, mesh=mesh, in_specs=(P("d"),), out_specs=P("d"))(jnp.zeros(1))
+    assert (data(got) == data(jnp.stack([alone(), alone()]))).all()
+    assert (data(rng.value) == data(alone.value)).all()
+
+
+def test_lanes_on_devices_draw_their_own_keys():
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    rng = Rng(7)
+    lanes = sf.filter_vmap(lambda x: rng())
+    f = sf.filter_jit(
+        sf.shard_map(lanes, mesh=mesh, in_specs=(P("d"),), out_specs=P("d"))
+    )
+    assert distinct(jnp.concatenate([f(jnp.zeros(8)), f(jnp.zeros(8))]))
+
+
 def test_checkpointed_gradients_see_the_noise_of_the_forward_pass():
     rng, w = Rng(7), sf.Param(jnp.array(2.0))
 

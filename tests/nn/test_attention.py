@@ -107,6 +107,34 @@ def test_a_full_cache_raises_and_stays_as_it_was(jit):
     assert_close(run(XS[0, 3:4]), whole(XS[0, :4])[3:])
 
 
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_cache_that_fills_up_in_a_scan_stays_as_it_was(jit):
+    cached = nn.KVCache(ATTENTION, 4)
+    cached(XS[0, :1])
+    before = cached.keys.value
+
+    def run(xs):
+        sf.scan(lambda _, x: (None, cached(x[None])), None, xs)
+
+    run = sf.filter_jit(run) if jit else run
+    with pytest.raises(RuntimeError, match="a KVCache with room for 4 tokens is full"):
+        run(XS[0, 1:])
+    assert int(cached.position.value) == 1
+    assert (cached.keys.value == before).all()
+    run(XS[0, 1:4])
+    assert int(cached.position.value) == 4
+
+
+def test_a_cache_is_full_when_it_is_for_one_example():
+    cached = nn.KVCache(ATTENTION, 4, 3)
+    cached(XS[:, :3], jnp.array([3, 1, 2]))
+    with pytest.raises(RuntimeError, match="a KVCache with room for 4 tokens is full"):
+        cached(XS[:, 3:5])
+    assert cached.position.value.tolist() == [3, 1, 2]
+    cached(XS[:, 3:5], jnp.array([1, 2, 2]))
+    assert cached.position.value.tolist() == [4, 3, 4]
+
+
 def test_an_unchecked_cache_drops_what_does_not_fit():
     cached = nn.KVCache(ATTENTION, 4, checked=False)
     cached(XS[0, :3])

@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import statefun as sf
@@ -96,6 +97,17 @@ def test_spectral_norm_converges_to_a_norm_of_one_and_stays_in_inference():
     assert all((a == b).all() for a, b in zip(before, layer.uv.value, strict=True))
 
 
+def test_spectral_norm_iterates_once_for_all_lanes():
+    key = jax.random.key(0)
+    linear = eqx.nn.Linear(3, 4, key=key)
+    lanes, alone = (nn.SpectralNorm(linear, "weight", key=key) for _ in range(2))
+    x = jnp.arange(6.0).reshape(2, 3)
+    out = sf.filter_jit(sf.filter_vmap(lanes))(x)
+    assert_close(out[0], alone(x[0]), 1e-4)
+    for a, b in zip(lanes.uv.value, alone.uv.value, strict=True):
+        assert_close(a, b, 1e-4)
+
+
 def test_spectral_norm_of_a_vector_is_refused():
     linear = eqx.nn.Linear(3, 4, key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"`bias` has shape \(4,\)"):
@@ -141,6 +153,13 @@ def test_every_example_of_a_batch_has_its_hidden_state(kind):
     single.hidden.value = batch
     run = sf.filter_vmap(single, state_axes=[(single.hidden, 0)])
     assert_close(jnp.stack([run(xs[:, i]) for i in range(5)], 1), expected)
+
+
+def test_a_hidden_state_that_lanes_would_share_is_an_error():
+    layer = nn.Recurrent(eqx.nn.GRUCell(2, 4, key=jax.random.key(0)))
+    with pytest.raises(sf.StateError, match="differs along the mapped axis .*'hidden'"):
+        sf.filter_vmap(layer)(jnp.arange(6.0).reshape(3, 2))
+    assert not layer.hidden.value.any()
 
 
 def test_reset_may_be_for_some_examples_only():
@@ -223,6 +242,38 @@ def test_an_average_of_coarse_params_may_be_finer():
     assert_close(ema.average.value["w"], 1.001)
     assert (ema.average.value["n"] == jnp.arange(2) + 1).all()
     assert ema.average.value["n"].dtype == jnp.int32
+
+
+def test_an_average_is_kept_in_a_compiled_step_and_shares_the_statistics():
+    class Net(eqx.Module):
+        scale: sf.Param
+        norm: nn.BatchNorm
+
+        def __call__(self, x):
+            return self.norm(x) * self.scale.value[None]
+
+    net, traces = Net(sf.Param(jnp.ones(3)), nn.BatchNorm(3)), []
+    ema = nn.EMA(net, 0.9)
+    optimizer = sf.Optimizer(optax.sgd(0.1), net)
+
+    @sf.filter_jit
+    def step(x):
+        traces.append(1)
+        optimizer.update(sf.filter_grad(lambda: jnp.sum(net(x) ** 2), wrt=net)())
+        ema.update()
+
+    average = net.scale.value
+    for key in jax.random.split(jax.random.key(0), 3):
+        step(jax.random.normal(key, (4, 3)))
+        average = 0.9 * average + 0.1 * net.scale.value
+    assert_close(ema.average.scale.value, average)
+    assert ema.average.norm.count is net.norm.count and int(net.norm.count.value) == 3
+    assert len(traces) == 1
+    x = jnp.ones((1, 3))
+    assert_close(
+        nn.inference_mode(ema.average)(x) / average[None],
+        nn.inference_mode(net)(x) / net.scale.value[None],
+    )
 
 
 def test_an_average_of_nothing_is_refused():

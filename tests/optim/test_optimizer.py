@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import statefun as sf
 from statefun.optim import Optimizer
@@ -175,6 +176,63 @@ def test_an_ensemble_trains_under_vmap_as_its_members_do():
         alone.train()
     got = jax.tree.map(lambda x: x[1] if eqx.is_array(x) else x, members.model.value)
     assert_same(got, alone.model.value, 1e-4)
+
+
+def test_devices_train_on_their_part_of_a_batch():
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    models = [sf.Param(network()) for _ in range(2)]
+    alone, sharded = (Optimizer(optax.adam(1e-2), model) for model in models)
+
+    def step(x, y):
+        # Of the whole batch: the gradient of what all devices share is then theirs, too.
+        def loss():
+            return jax.lax.pmean(mse(sharded.wrt.value, x, y), "d")
+
+        sharded.update(sf.filter_grad(loss, wrt=sharded.wrt)())
+
+    run = sf.filter_jit(
+        sf.shard_map(step, mesh=mesh, in_specs=(P("d"), P("d")), out_specs=P())
+    )
+    for _ in range(3):
+        run(X, Y)
+        grads = sf.filter_grad(lambda: mse(alone.wrt.value), wrt=alone.wrt)()
+        alone.update(grads)
+    assert_same(sharded.wrt.value, alone.wrt.value, 1e-4)
+    assert_same(sharded.opt_state.value, alone.opt_state.value, 1e-3)
+
+
+def test_a_saved_optimizer_goes_on_where_it_was():
+    model, optimizer = trained(optax.adam(1e-2), 3)
+    saved = sf.freeze(optimizer)
+    other = Optimizer(optax.adam(1e-2), sf.Param(network(1)))
+    sf.update(other, saved)
+    grads = jax.tree.map(jnp.ones_like, eqx.filter(model.value, eqx.is_inexact_array))
+    for o in (optimizer, other):
+        o.update(grads)
+    assert_same(other.wrt.value, model.value)
+    assert int(other.step.value) == 4
+
+
+def test_transformations_by_the_place_of_a_param():
+    net = {"a": sf.Param(jnp.ones(2)), "b": sf.Param(network()), "n": sf.State(0)}
+
+    def label(params):
+        def of(path, _):
+            return "moves" if path[0].key == "a" else "stays"
+
+        return jax.tree.map_with_path(of, params)
+
+    tx = {"moves": optax.sgd(1.0), "stays": optax.set_to_zero()}
+    optimizer = Optimizer(optax.multi_transform(tx, label), net)
+    before = net["b"].value.weight
+
+    def loss():
+        net["n"].value += 1
+        return jnp.sum(net["a"].value) + jnp.sum(net["b"].value(X[0]))
+
+    optimizer.update(sf.filter_grad(loss, wrt=net)())
+    assert net["a"].value.tolist() == [0.0, 0.0]
+    assert (net["b"].value.weight == before).all() and int(net["n"].value) == 1
 
 
 def test_dtypes_are_kept():
