@@ -72,6 +72,7 @@ def train(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Runs the tests; all of them, with the floor on coverage, unless told which."""
     install(session, f"test,examples,{PARTS}")
+    install_tool(session, "pyright")  # a test asks what it sees
     if session.posargs:
         run_tests(session, *session.posargs)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax.tree_util as jtu
@@ -13,6 +13,7 @@ from .._promotion import library_promotion
 from .._state import State
 
 
+@runtime_checkable
 class LibraryMetric(Protocol):
     """What `Metric` needs of a library: pytrees that can be merged.
 
@@ -20,12 +21,12 @@ class LibraryMetric(Protocol):
     """
 
     @classmethod
-    def empty(cls) -> Self: ...
+    def empty(cls) -> LibraryMetric: ...
 
     @classmethod
-    def from_model_output(cls, *args: Any, **kwargs: Any) -> Self: ...
+    def from_model_output(cls, *args: Any, **kwargs: Any) -> LibraryMetric: ...
 
-    def merge(self, other: Self) -> Self: ...
+    def merge(self, other: Any) -> LibraryMetric: ...
 
     def compute(self) -> Any: ...
 
