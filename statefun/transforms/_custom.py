@@ -85,15 +85,24 @@ class CustomDerivative:
     def _run(self, args: tuple, kwargs: dict) -> Any:
         touched, fn = Touched(self.name), self.fn
         if _in_a_jaxpr():
-            arrays, build = split_arrays((args, kwargs))
-            body = ahead(self, "fn", lambda *x: _call(self.fn, *build(x)), arrays)
-            rule = ahead(self, "rule", lambda *x: self.run_rule(*build(x)), arrays)
+            body, rule = self._ahead(args, kwargs)
             if body is not None:
                 touched.expect(body, rule)
                 fn = functools.partial(_replay, body)
-        out, written = touched.retrying(lambda: self.attempt(touched, fn, args, kwargs))
+        out, written = touched.retrying(
+            lambda: self.attempt(touched, fn, args, kwargs),
+            lambda: self._ahead(args, kwargs),
+        )
         written.hand_over()
         return unpack(out)
+
+    def _ahead(self, args: tuple, kwargs: dict) -> tuple[Program | None, ...]:
+        """The function and its rules, traced."""
+        arrays, build = split_arrays((args, kwargs))
+        return (
+            ahead(self, "fn", lambda *x: _call(self.fn, *build(x)), arrays),
+            ahead(self, "rule", lambda *x: self.run_rule(*build(x)), arrays),
+        )
 
 
 def _call(fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
@@ -182,8 +191,16 @@ class Touched:
         self._values = values_of(dict.fromkeys([*reads, *self._written]))
         self._checks = any(program.may_fail for program in known)
 
-    def retrying(self, attempt: Callable[[], Any]) -> Any:
-        """Makes the call, again if need be, until every State is known."""
+    def retrying(
+        self,
+        attempt: Callable[[], Any],
+        look_ahead: Callable[[], Sequence[Program | None]],
+    ) -> Any:
+        """Makes the call, again if need be, until every State is known.
+
+        The first one that is met is taken as a sign that there are more.
+        """
+        looked = False
         try:
             while True:
                 try:
@@ -191,7 +208,12 @@ class Touched:
                 except _Met as met:
                     if met.by is not self:
                         raise
-                    self._values |= values_of([met.cell])
+                    programs = () if looked else look_ahead()
+                    looked = True
+                    cells = [c for p in programs if p is not None for c in p.reads]
+                    self._values |= values_of(
+                        c for c in [met.cell, *cells] if c not in self._values
+                    )
         finally:
             self._open = False
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.tree_util as jtu
+from jax import lax
 
 from .. import _frame
 from .._cell import Cell, Value
@@ -141,7 +142,10 @@ class filter_custom_vjp(CustomDerivative):
         custom.def_fwd(pure_fwd)
         custom.def_bwd(pure_bwd)
         vjp_arg, *rest = args
-        return custom(vjp_arg, touched.flats(), tuple(rest), kwargs)
+        out, written = custom(vjp_arg, touched.flats(), tuple(rest), kwargs)
+        # JAX takes every result of a custom_vjp for differentiated, and the backward rule
+        # gets no cotangent of these.
+        return out, jtu.tree_map(lax.stop_gradient, written)
 
 
 class _Saved(eqx.Module):

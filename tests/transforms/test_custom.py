@@ -818,3 +818,48 @@ def test_a_callable_without_a_name_may_have_rules(scale):
     assert sf.filter_jit(jax.grad(f))(S) == 1.0
     with pytest.raises(AttributeError, match="No JVP defined for "):
         sf.filter_custom_jvp(eqx.nn.Identity())(S)
+
+
+@JIT
+@pytest.mark.parametrize("kind", ["jvp", "vjp"])
+@pytest.mark.parametrize("loop", [False, True])
+def test_what_a_rule_writes_may_be_read_by_the_next_call(kind, loop, jitted):
+    """No derivative flows through a write, also not into the next call."""
+    mean = sf.State(jnp.array(1.0), name="mean")
+
+    def normalise(x):
+        mean.value = 0.5 * mean.value + x
+        return x / mean.value
+
+    f = getattr(sf, f"filter_custom_{kind}")(normalise)
+    if kind == "jvp":
+        f.def_jvp(lambda primals, tangents: (normalise(*primals), 3 * tangents[0]))
+    else:
+        f.def_fwd(lambda perturbed, x: (normalise(x), None))
+        f.def_bwd(lambda residuals, grad, perturbed, x: 3 * grad)
+
+    def twice(x):
+        if loop:
+            return sf.scan(lambda c, _: (f(c), None), x, length=2)[0]
+        return f(f(x))
+
+    assert jit_if(jitted, sf.filter_grad(twice))(S) == 9.0
+    assert mean.value == 0.5 * (0.5 * 1 + 2) + 2 / 2.5
+
+
+def test_many_states_that_hold_tracers_are_found_at_once():
+    many = [sf.State(jnp.ones(2) * i, name=str(i)) for i in range(20)]
+    runs = []
+
+    @sf.filter_custom_jvp
+    def f(x):
+        return x * sum(s.value for s in many)
+
+    @f.def_jvp
+    def rule(primals, tangents):
+        runs.append(0)
+        return primals[0] * sum(s.value for s in many), tangents[0]
+
+    out = sf.filter_vmap(sf.filter_value_and_grad(f), state_axes=0)(X)
+    assert eqx.tree_equal(out, (X * 190, jnp.ones(2)))
+    assert len(runs) == 3
