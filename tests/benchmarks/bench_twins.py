@@ -189,20 +189,22 @@ def _jitted(case: Case, against: str) -> Callable[[bool], Mapping[str, Contender
 
 
 def _traces() -> Mapping[str, Callable[[], Any]]:
-    """The gradient of a transformer's loss to a jaxpr, by `filter_make_jaxpr` of each."""
+    """The gradient of a transformer's loss, to a jaxpr."""
     weights, _, tokens = net.start()
     model = sf.Param(weights)
 
     def loss(tokens: Any) -> Any:
         return net.loss_fn(model.value, tokens)
 
-    def ours() -> None:
+    def ours() -> Any:
         grad = sf.filter_value_and_grad(loss, wrt=model)
-        sf.make_jaxpr(lambda tokens: grad(tokens))(tokens)
+        return sf.make_jaxpr(lambda tokens: grad(tokens))(tokens)[0]
 
-    def theirs() -> None:
+    def theirs() -> Any:
         grad = eqx.filter_value_and_grad(lambda m, tokens: net.loss_fn(m, tokens))
-        eqx.filter_make_jaxpr(lambda m, tokens: grad(m, tokens))(weights, tokens)
+        return eqx.filter_make_jaxpr(lambda m, tokens: grad(m, tokens))(
+            weights, tokens
+        )[0]
 
     return {OURS: ours, "eqx.filter_value_and_grad": theirs}
 

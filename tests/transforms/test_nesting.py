@@ -381,7 +381,10 @@ def test_checkpoint_in_grad_in_jit_runs_its_body_once(around):
     assert (len(runs), int(count.value)) == (1, 1)
 
 
-def test_grad_in_vmap_in_scan_runs_its_body_once():
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
+def test_grad_in_vmap_in_scan_runs_its_body_once(depth, jitted):
+    """Each level is all three; the innermost body is a square."""
     count = sf.State(jnp.array(0), name="count")
     runs = []
 
@@ -390,13 +393,29 @@ def test_grad_in_vmap_in_scan_runs_its_body_once():
         count.value += 1
         return x**2
 
-    def step(c, x):
-        return c + sf.filter_vmap(sf.filter_grad(body))(x), None
+    def level(f):
+        def step(c, _):
+            return c + sf.filter_vmap(sf.filter_grad(f))(jnp.stack([c, c])).sum(), None
 
-    out, _ = sf.scan(step, jnp.zeros(3), jnp.ones((4, 3)))
+        return lambda x: sf.scan(step, x, None, length=2)[0]
+
+    f = body
+    for _ in range(depth):
+        f = level(f)
+    out = (sf.filter_jit(f) if jitted else f)(jnp.array(1.0))
     assert len(runs) == 1
-    assert count.value == 4
-    assert np.array_equal(out, [8.0, 8.0, 8.0])
+    assert count.value == 2**depth
+
+    def by_hand(f):
+        def step(c, _):
+            return c + jax.vmap(jax.grad(f))(jnp.stack([c, c])).sum(), None
+
+        return lambda x: jax.lax.scan(step, x, None, length=2)[0]
+
+    g = jnp.square
+    for _ in range(depth):
+        g = by_hand(g)
+    np.testing.assert_allclose(out, g(jnp.array(1.0)), rtol=1e-5)
 
 
 def test_a_weakly_typed_carry_does_not_make_the_tracing_grow_with_the_depth():
