@@ -371,8 +371,9 @@ def transaction(run: Callable[[], R]) -> R:
     step. If another thread has meanwhile written a State that the transform both reads
     and writes, it runs again on the new values.
     """
-    if local.frame is not None:
-        return run()
+    outer = local.frame
+    if outer is not None:
+        return run() if outer.is_current() else _inside_a_raw_transform(outer, run)
     while True:
         with Overlay(keeps=True) as frame:
             if shared.generation:
@@ -380,6 +381,17 @@ def transaction(run: Callable[[], R]) -> R:
             out = run()
             if _settle(frame):
                 return out
+
+
+def _inside_a_raw_transform(outer: Frame, run: Callable[[], R]) -> R:
+    """The frame around belongs to another trace: its reads have to be noted as foreign,
+    lest JAX use them again where they are stale, and its writes are refused."""
+
+    def noted(cell: Cell, value: Value) -> Value:
+        outer._foreign_read(cell)
+        return value
+
+    return _run_in(Overlay(view=noted), outer, run)
 
 
 def _settle(frame: Frame) -> bool:
@@ -396,11 +408,16 @@ def _settle(frame: Frame) -> bool:
 
 def nested(run: Callable[[], R]) -> R:
     """Runs a function so that what it has written is dropped if it raises."""
-    with Overlay() as frame:
-        out = run()
-        writes, created, checks = frame.writes, frame.created, frame.checks
     outer = local.frame
     assert outer is not None, "a transform runs in a transaction"
+    return _run_in(Overlay(), outer, run)
+
+
+def _run_in(frame: Frame, outer: Frame, run: Callable[[], R]) -> R:
+    """Runs a function in a frame, and hands what it has written to the one around."""
+    with frame:
+        out = run()
+        writes, created, checks = frame.writes, frame.created, frame.checks
     outer.checks |= checks
     for cell, value in writes.items():
         (outer.create if cell in created else outer.write)(cell, *value)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -29,38 +29,10 @@ from .. import _frame, _program
 from .._cell import Cell, Value
 from .._compat import eval_jaxpr
 from .._errors import StateValueError, lesson
-from .._frame import Frame, Overlay
+from .._frame import Overlay, transaction as transaction
 from .._program import Program, pack, refuse_bare_state
 from .._state import State
 from .._structure import Structure, flatten, leaves_of
-
-R = TypeVar("R")
-
-
-def transaction(run: Callable[[], R]) -> R:
-    """Runs a twin so that it is all or nothing, see `_frame.transaction`."""
-    outer = _frame.local.frame
-    if outer is None or outer.is_current():
-        return _frame.transaction(run)
-    return _inside_a_raw_transform(outer, run)
-
-
-def _inside_a_raw_transform(outer: Frame, run: Callable[[], R]) -> R:
-    """The frame around belongs to another trace: its reads have to be noted as foreign,
-    lest JAX use them again where they are stale, and its writes are refused."""
-
-    def read(cell: Cell, value: Value) -> Value:
-        outer._foreign_read(cell)
-        return value
-
-    with Overlay(view=read) as frame:
-        out = run()
-        writes, created = frame.writes, frame.created
-        outer.checks |= frame.checks
-    for cell, value in writes.items():
-        (outer.create if cell in created else outer.write)(cell, *value)
-    return out
-
 
 # -- on values ----------------------------------------------------------------------
 
