@@ -23,6 +23,7 @@ class _Branches:
     """The branches as programs, with one set of States that they all write."""
 
     def __init__(self, name: str, branches: Sequence[Callable], operands: tuple):
+        self._branches = branches
         self.operands, build = split_arrays(operands)
         self.programs = [
             trace_body(lambda *x, b=b: as_arrays(b(*build(x))), self.operands)
@@ -44,16 +45,17 @@ class _Branches:
     def pure(self) -> list[Callable[..., Any]]:
         """The branches as functions of the operands' arrays."""
 
-        def of(program: Program) -> Callable[..., Any]:
+        def of(program: Program, branch: Callable) -> Callable[..., Any]:
             def run(arrays: Sequence[Any]) -> Any:
                 leaves, new = evaluate(program, arrays, self._values)
                 return leaves, [
                     (new.get(c) or self._values[c])[0] for c in self._written
                 ]
 
+            run.__wrapped__ = branch  # type: ignore[attr-defined]  # errors name it
             return run
 
-        return [of(program) for program in self.programs]
+        return [of(p, b) for p, b in zip(self.programs, self._branches, strict=True)]
 
     def finish(self, out: Any) -> Any:
         """Writes the States; the result."""

@@ -138,6 +138,18 @@ def test_errors_are_of_the_types_that_jax_raises(case, jitted):
         sf.filter_jit(lambda: run(sf))() if jitted else run(sf)
 
 
+def test_an_error_of_jax_names_the_branch_of_the_user():
+    def one(x):
+        return x
+
+    def other(x):
+        return x.astype(int)
+
+    with pytest.raises(TypeError, match="one at .*test_branches") as caught:
+        sf.cond(True, one, other, jnp.array(1.0))
+    assert "other at " in str(caught.value)
+
+
 def test_gradients_go_through_the_branch_that_ran():
     for value in (2.0, -2.0):
         x = jnp.array(value)
