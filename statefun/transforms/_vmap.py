@@ -16,6 +16,7 @@ from .. import _compat, _frame
 from .._cell import Cell, Value
 from .._errors import StateTraceError, lesson
 from .._program import unpack
+from .._state import is_state
 from .._structure import flat_of, leaves_of
 from ._state_axes import reachable, rule
 from ._thread import Lanes, Wrapper, Written, threaded
@@ -50,6 +51,8 @@ class _Vmap(Wrapper):
         values = {cell: _frame.read(cell) for cell in mapped}
         pieces = [flat for flat, _ in values.values()]
         in_axes, kw_axes = _axes(self._fun, self._in_axes, args, kwargs)
+        if any(map(is_state, jtu.tree_leaves((args, kwargs)))):
+            in_axes, kw_axes = _past_states((in_axes, kw_axes))
         axes_in = list(mapped.values()), in_axes, kw_axes
         size = self._axis_size or _size((pieces, args, kwargs), axes_in)
         number: list[Any] = []  # of the lane
@@ -129,6 +132,17 @@ def _axes(fun: Callable, in_axes: Any, args: tuple, kwargs: dict) -> tuple[Any, 
             f"The following `in_axes` did not correspond to any argument: {tuple(rest)}"
         )
     return positional, keyword
+
+
+def _past_states(axes: Any) -> Any:
+    """An integer is the axis of the arrays; States have theirs from `state_axes`."""
+
+    def past(axis: Any) -> Any:
+        if not isinstance(axis, int):
+            return axis
+        return lambda leaf: None if is_state(leaf) else axis
+
+    return jtu.tree_map(past, axes)
 
 
 def _size(args: Any, axes: Any) -> int | None:

@@ -264,6 +264,22 @@ def test_an_integer_maps_all_states(batch):
     assert np.array_equal(other.value, [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]])
 
 
+@pytest.mark.parametrize("state_axes", [None, 0])
+def test_an_integer_in_in_axes_is_the_axis_of_the_arrays_beside_the_states(state_axes):
+    class Scaled(eqx.Module):
+        weight: jax.Array
+        scale: sf.State
+
+    scale = jnp.array(2.0) if state_axes is None else jnp.array([2.0, 3.0, 4.0])
+    module = Scaled(X, sf.State(scale, name="scale"))
+    scaled = sf.filter_vmap(
+        lambda m, y: m.weight * m.scale.value + y,
+        in_axes=(0, None),
+        state_axes=state_axes,
+    )
+    assert jnp.array_equal(scaled(module, jnp.array(1.0)), X * scale + 1)
+
+
 @pytest.mark.parametrize("axis", [1, -1])
 def test_a_state_is_mapped_along_the_axis_that_is_given(axis):
     s = sf.State(M, name="s")
