@@ -24,9 +24,9 @@ from ..ir import OPTIMIZATIONS, optimize_jaxpr
 from ..transforms import Jitted
 from ._boxes import box_of, count
 from ._causes import aval_text, leaves_with_path, text
+from ._history import unobserved
 from ._names import Captured, Parameters
 from ._report import Cost, Leaf, Report, StateUse, type_of
-from ._retraces import unobserved
 
 
 def explain(

@@ -1,0 +1,138 @@
+"""What is remembered of a function's traces."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections import OrderedDict, deque
+from typing import Any
+
+import jax
+
+from .._cache import Record
+from .._call import Caller
+from .._entry import Traces
+from .._structure import leaves_of
+from ._causes import Cause, Present
+
+KEPT = 100
+_GHOSTS = 256  # traces that are gone, but may still be asked for again
+_LOOKED_AT = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrace:
+    """Why a function was traced; `str` makes a line of it.
+
+    **Attributes:**
+
+    - `function`: its name.
+    - `number`: 1 for its first trace.
+    - `causes`: a tuple of [`statefun.Cause`][]: all that is different from the most
+        similar of the traces at hand.
+    """
+
+    function: str
+    number: int
+    causes: tuple[Cause, ...]
+
+    @property
+    def cause(self) -> str:
+        """The causes in one phrase."""
+        shown = "; ".join(map(str, self.causes[:3]))
+        more = len(self.causes) - 3
+        return shown + (f"; and {more} more" if more > 0 else "")
+
+    def __str__(self) -> str:
+        return f"{self.function}, trace {self.number}: {self.cause}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ghost:
+    """A trace that is gone, so far as to recognise it without keeping it alive."""
+
+    cause: Cause
+    key: int
+    reads: tuple  # (position among the arguments' States or weak reference, …)
+
+    def matches(self, present: Present) -> bool:
+        if self.key != hash(present.key):
+            return False
+        if self.cause.kind == "gone":
+            return True
+        cells = list(present.entry.arg_cells)
+        for where, structure, avals in self.reads:
+            cell = cells[where] if isinstance(where, int) else where()
+            if cell is None:
+                return False
+            flat, now = present.current(cell)
+            if hash(now.key) != structure or _avals(flat, now) != avals:
+                return False
+        return True
+
+
+def _avals(flat: Any, structure: Any) -> tuple:
+    return tuple(jax.typeof(x) for x in leaves_of(flat, structure))
+
+
+class History:
+    """What is remembered of one function's traces."""
+
+    def __init__(self) -> None:
+        self.retraces: deque[Retrace] = deque(maxlen=KEPT)
+        self.ghosts: deque[Ghost] = deque(maxlen=_GHOSTS)
+        self.configurations: weakref.WeakKeyDictionary[Record, dict]
+        self.configurations = weakref.WeakKeyDictionary()
+        self.begun = 0
+        self.last = ""  # how the last trace went
+        # The configurations of traces under way, by thread and what is traced.
+        self.pending: OrderedDict[tuple[int, int], dict] = OrderedDict()
+        self.limits: list[tuple[int, int]] = []  # begun when it was set, and how many
+
+    def causes(self, present: Present) -> tuple[Cause, ...]:
+        for ghost in reversed(self.ghosts):
+            if ghost.matches(present):
+                self.ghosts.remove(ghost)
+                return (ghost.cause,)
+        records = [
+            (record, entry)
+            for entry in list(present.entry.traces.entries.values())
+            for record in list(entry.records)
+            if record in self.configurations
+        ]
+        records.sort(key=lambda found: -found[0].tick)
+        # The most similar of the newest: looking closely takes time.
+        near = sorted(
+            records[:_LOOKED_AT], key=lambda found: present.distance(found[1], found[0])
+        )
+        for record, entry in near[:2]:
+            causes = present.differences(entry, record, self.configurations[record])
+            if causes:
+                return tuple(causes)
+        return (self._alone(present),)
+
+    def _alone(self, present: Present) -> Cause:
+        """Where there is no other trace to compare with."""
+        if self.last == "tracer":
+            return Cause("tracer")
+        if self.last == "failed":
+            return Cause("failed")
+        if self.ghosts:
+            return self.ghosts[-1].cause
+        return Cause("first call")
+
+
+class Silent(History):
+    """Of a function that is only looked at."""
+
+
+def history_of(traces: Traces) -> History:
+    if traces.history is None:
+        traces.history = History()
+    return traces.history
+
+
+def unobserved(caller: Caller) -> Caller:
+    """Makes the traces of a caller nobody's business."""
+    caller.history = Silent()
+    return caller
