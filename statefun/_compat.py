@@ -45,6 +45,38 @@ def at_top_level() -> bool:
     return current_trace() is TOP_LEVEL
 
 
+_RUN_AT_ONCE = (
+    "scan",
+    "while_cond",
+    "while_body",
+    "fori_loop",
+    "cond",
+    "switch",
+    "checkpoint / remat",
+)
+
+
+def runs_at_once() -> bool:
+    """Whether what is being traced is the body of a raw `jax.lax.scan`, `cond`,
+    `jax.checkpoint`, … that nobody compiles for later: no raw `jax.jit` is around it.
+
+    Both make jaxprs, and JAX has no function that tells them apart. A trace that makes a
+    jaxpr knows what it is made for, and which trace it is in; this looks at both. Where a
+    version of JAX names these otherwise the answer is no, and a State that is read there
+    raises, as it does in a raw `jax.jit`.
+    """
+    trace, found = current_trace(), False
+    while trace is not None and trace is not TOP_LEVEL:
+        frame = getattr(trace, "frame", None)  # of a trace that makes a jaxpr
+        if frame is not None:
+            purpose = getattr(getattr(frame, "debug_info", None), "traced_for", None)
+            if purpose not in _RUN_AT_ONCE:
+                return False
+            found = True
+        trace = getattr(trace, "parent_trace", None)
+    return found and trace is TOP_LEVEL
+
+
 def jit_disabled() -> bool:
     """Whether `jax.disable_jit()` is on."""
     return jax.config.jax_disable_jit  # type: ignore[attr-defined]

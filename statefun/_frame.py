@@ -33,6 +33,7 @@ from . import _compat
 from ._cell import UNSET, Cell, Value, commit, committed, lock, shared
 from ._compat import Tracer
 from ._errors import StateTraceError, lesson
+from ._late import look_up_at_run_time
 from ._lessons import foreign_creation, foreign_read, foreign_write, mutated
 from ._structure import Structure, flat_of, leaves_of
 
@@ -253,9 +254,10 @@ class Overlay(Frame):
                 return value
             with _compat.in_trace(self._trace):
                 return self._view(cell, value)
-        if not self._top and _in_jaxpr_trace():
-            raise foreign_read(cell)
-        return committed(cell)
+        if self._top:
+            return committed(cell)
+        with _compat.in_trace(self._trace):
+            return _from_within(cell)
 
 
 class TracedFrame(Frame):
@@ -338,9 +340,16 @@ def check_write(cell: Cell) -> None:
 def read(cell: Cell) -> Value:
     if local.frame is not None:
         return local.frame.read(cell)
-    if not _compat.at_top_level() and _in_jaxpr_trace():
+    return committed(cell) if _compat.at_top_level() else _from_within(cell)
+
+
+def _from_within(cell: Cell) -> Value:
+    """The value inside raw transforms, with no frame around them."""
+    if not _in_jaxpr_trace():
+        return committed(cell)
+    if not _compat.runs_at_once():
         raise foreign_read(cell)
-    return committed(cell)
+    return look_up_at_run_time(cell)
 
 
 def _in_jaxpr_trace() -> bool:

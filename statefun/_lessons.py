@@ -12,9 +12,9 @@ def foreign_read(cell: Cell) -> StateTraceError:
     return StateTraceError(
         lesson(
             f"{cell.describe()} was read inside a raw JAX transform.",
-            "`jax.jit`, `eqx.filter_jit`, `jax.lax.scan` and the like trace the function "
-            "once and keep what they saw: the State's value would be frozen into the "
-            "compiled code, and later changes of the State would be ignored.",
+            "`jax.jit`, `eqx.filter_jit`, `jax.make_jaxpr` and the like trace the "
+            "function once and keep what they saw: the State's value would be frozen into "
+            "the compiled code, and later changes of the State would be ignored.",
             f"use the transform of the same name from statefun ({_TWINS}), or read the "
             "State outside and pass the value in.",
         )

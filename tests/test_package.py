@@ -32,7 +32,7 @@ LAYERS = (
     ("ir",),
     ("_structure",),
     ("_cell",),
-    ("_lessons",),
+    ("_lessons", "_late"),
     ("_frame",),
     ("_state",),
     ("_tree",),

@@ -692,7 +692,7 @@ def run_scan(f):
     return jax.lax.scan(lambda c, _: (f(c), None), x, length=2)
 
 
-# The kinds that make a jaxpr, and keep it: what they saw would be frozen.
+# The kinds that make a jaxpr to be compiled: what they saw would be frozen.
 TRACING = {
     "jit": lambda f: jax.jit(f)(x),
     "jit of grad": lambda f: jax.jit(jax.grad(f))(x),
@@ -702,7 +702,16 @@ TRACING = {
     "make_jaxpr": lambda f: jax.make_jaxpr(f)(x),
     "eval_shape": lambda f: jax.eval_shape(f, x),
     "eqx.filter_eval_shape": lambda f: eqx.filter_eval_shape(f, x),
+    "jit of scan": lambda f: jax.jit(lambda _: run_scan(f))(x),
+    "scan of jit": lambda f: run_scan(jax.jit(f)),
+    "jit of checkpoint": lambda f: jax.jit(jax.checkpoint(f))(x),
+}
+# The kinds that make a jaxpr of a function, run it at once, and keep it by the function's
+# identity: the State is looked up in each run.
+AT_ONCE = {
     "checkpoint": lambda f: jax.checkpoint(f)(x),
+    "grad of checkpoint": lambda f: jax.grad(jax.checkpoint(f))(x),
+    "eqx.filter_checkpoint": lambda f: eqx.filter_checkpoint(f)(x),
     "scan": run_scan,
     "map": lambda f: jax.lax.map(f, x[None]),
     "fori_loop": lambda f: jax.lax.fori_loop(0, 2, lambda _, c: f(c), x),
@@ -724,9 +733,11 @@ RUNNING = {
     "eqx.filter_grad": lambda f: eqx.filter_grad(f)(x),
     "eqx.filter_vmap": lambda f: eqx.filter_vmap(f)(x[None]),
 }
-ALL = {**TRACING, **RUNNING}
+ALL = {**TRACING, **AT_ONCE, **RUNNING}
 tracing = pytest.mark.parametrize("run", TRACING.values(), ids=TRACING)
 running = pytest.mark.parametrize("run", RUNNING.values(), ids=RUNNING)
+reading = {**AT_ONCE, **RUNNING}
+reading = pytest.mark.parametrize("run", reading.values(), ids=reading)
 every = pytest.mark.parametrize("run", ALL.values(), ids=ALL)
 
 
@@ -742,8 +753,8 @@ def test_a_read_in_a_raw_transform_that_keeps_what_it_saw_is_refused(run):
     assert isinstance(error.value, RuntimeError) and state.value == 3.0
 
 
-@running
-def test_a_read_in_a_raw_transform_that_keeps_nothing_is_right(run):
+@reading
+def test_a_read_in_a_raw_transform_that_is_not_compiled_for_later_is_right(run):
     state = sf.State(3.0)
 
     def f(x):  # one function: JAX may have kept something of its first run
