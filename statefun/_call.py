@@ -148,7 +148,7 @@ class Fast:
         ):
             return caller.run(args, kwargs)
         try:
-            out = compiled.jit(args, flats)
+            out = compiled.jit(*args, flats) if args else compiled.jit(flats)
         except (Restart, Eager):
             return caller.run(args, kwargs)
         record = compiled.records[len(out)]

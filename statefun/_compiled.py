@@ -92,15 +92,6 @@ class Compiled:
         self.records: dict[int, Record] = {}
         self.epoch = -1  # of `shared.structures`, when the structures last fitted
 
-        def body(dynamic, flats, consts=(), given=(), given_flats=()):  # type: ignore[no-untyped-def]
-            return self._body(dynamic, flats, consts, given, given_flats)
-
-        body.__name__ = body.__qualname__ = options.name
-        how = {}
-        if inputs.shardings is not None:
-            kept, given = _split(inputs.shardings, inputs.donated_leaves)
-            how["in_shardings"] = (kept, None, None, given, None)
-        self.jit = jax.jit(body, donate_argnums=(3, 4), **how)
         # Whether nothing goes in but dynamic leaves and States, see `_call.Fast`.
         self.simple = not (
             inputs.consts
@@ -110,7 +101,23 @@ class Compiled:
             or options.checked
             or inputs.shardings is not None
         )
-        self.fast = self.simple and self.cells is not None
+
+        if self.simple:  # one container less for JAX to take apart at every call
+
+            def body(*dynamic_and_flats):  # type: ignore[no-untyped-def]
+                *dynamic, flats = dynamic_and_flats
+                return self._body(dynamic, flats, (), (), ())
+        else:
+
+            def body(dynamic, flats, consts, given, given_flats):  # type: ignore[no-untyped-def]
+                return self._body(dynamic, flats, consts, given, given_flats)
+
+        body.__name__ = body.__qualname__ = options.name
+        how: dict[str, Any] = {} if self.simple else {"donate_argnums": (3, 4)}
+        if inputs.shardings is not None:
+            kept, given = _split(inputs.shardings, inputs.donated_leaves)
+            how["in_shardings"] = (kept, None, None, given, None)
+        self.jit = jax.jit(body, **how)
         # Equinox turns the failure of a check into an error that can be read, and waits
         # for it, which has to be done before anything is committed.
         self._run = eqx.filter_jit(body) if inputs.may_fail else self.jit
@@ -143,7 +150,7 @@ class Compiled:
     def arguments(self, dynamic: Sequence[Any], flats: Sequence[Any]) -> tuple:
         """The arguments of `jit`: always the same containers, or it would retrace."""
         if self.simple:
-            return tuple(dynamic), flats
+            return *dynamic, flats
         kept, given = _split(dynamic, self._inputs.donated_leaves)
         kept_flats, given_flats = _split(flats, self.donated)
         return kept, kept_flats, self.consts, given, given_flats

@@ -14,8 +14,8 @@ from .._cell import Cell, Value
 from .._errors import StateValueError, lesson
 from .._program import OutTree, Program, Reference
 from .._structure import ARRAY, LEAF, Structure, leaves_of, static_key
+from ._carry import as_arrays
 from ._eager import answering_for, compiled_when_eager
-from ._loops import as_arrays
 from ._thread import evaluate, note_checks, split_arrays, trace_body, values_of
 
 
