@@ -102,15 +102,11 @@ class Compiled:
             or inputs.shardings is not None
         )
 
-        if self.simple:  # one container less for JAX to take apart at every call
-
-            def body(*dynamic_and_flats):  # type: ignore[no-untyped-def]
-                *dynamic, flats = dynamic_and_flats
-                return self._body(dynamic, flats, (), (), ())
-        else:
-
-            def body(dynamic, flats, consts, given, given_flats):  # type: ignore[no-untyped-def]
-                return self._body(dynamic, flats, consts, given, given_flats)
+        def body(*arguments: Any) -> Any:
+            if self.simple:  # one container less for JAX to take apart at every call
+                *dynamic, flats = arguments
+                arguments = dynamic, flats, (), (), ()
+            return self._body(*arguments)
 
         body.__name__ = body.__qualname__ = options.name
         how: dict[str, Any] = {} if self.simple else {"donate_argnums": (3, 4)}
