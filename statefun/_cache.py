@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -47,7 +46,6 @@ class Record:
         "effects",
         "filed",
         "finish",
-        "forgotten",
         "key",
         "may_fail",
         "n_out",
@@ -71,7 +69,6 @@ class Record:
         self.finish = 0 if program.out.is_none else 1 if program.out.is_array else 2
         self.tick = 0
         self.filed = False
-        self.forgotten = False  # it closed over tracers, see `forget_jaxpr`
         self.compiled: Any = None  # for calls inside of a trace: just what it reads
         self._arg_cells = arg_cells
         self.may_fail = program.may_fail
@@ -97,16 +94,6 @@ class Record:
             if c in self._arg_cells
         }
         return [found.get(i) for i in range(len(self._arg_cells))]
-
-    def forget_jaxpr(self) -> None:
-        """Lets go of the tracers that the function closed over."""
-        closed = self.program.closed
-        empty = closed.jaxpr.replace(
-            constvars=[], invars=[], outvars=[], eqns=[], effects=set()
-        )
-        program = dataclasses.replace(self.program, closed=_compat.close(empty, []))
-        self.program = program
-        self.forgotten = True
 
 
 class Records:

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 
 from . import _args, _frame, _program
-from ._cell import lock, shared
+from ._cell import commit, lock, shared
 from ._compat import (
     TOP_LEVEL,
     array_class,
@@ -37,7 +37,7 @@ from ._compiled import Eager, Options, Restart
 from ._entry import Elsewhere, Entry, Traces, cells_of
 from ._errors import StateTraceError, lesson
 from ._frame import local
-from ._run import commit, run_at_top, run_in_trace
+from ._run import run_at_top, run_in_trace
 from ._state import State
 
 
@@ -165,7 +165,19 @@ class Fast:
                     shared.version = version + 2
                 else:
                     new = out[record.n_out : record.n_out + len(cells)]
-                    if not commit(record, compiled.own, flats, cells, new):
+                    seen = (
+                        {}
+                        if record.effects
+                        else dict(zip(compiled.own, flats, strict=True))
+                    )
+                    writes = dict(
+                        zip(
+                            cells,
+                            zip(new, record.structures, strict=True),
+                            strict=False,
+                        )
+                    )
+                    if not commit(writes, seen):
                         record = None
             finally:
                 lock.release()

@@ -12,6 +12,8 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax.tree_util as jtu
+
 from ._errors import StateTraceError, lesson
 from ._structure import Structure
 
@@ -51,6 +53,22 @@ class Cell:
 
 
 Value = tuple[Any, Structure]  # flat, and how it is put together
+
+
+class Values(dict[Cell, Value]):
+    """What some States hold: a pytree, whose leaves are the arrays."""
+
+
+jtu.register_pytree_node(
+    Values,
+    lambda values: (
+        [flat for flat, _ in values.values()],
+        (tuple(values), tuple(s for _, s in values.values())),
+    ),
+    lambda aux, flats: Values(
+        zip(aux[0], zip(flats, aux[1], strict=True), strict=False)
+    ),
+)
 
 
 class _Shared:
@@ -133,6 +151,9 @@ def wait_for(cells: Iterable[Cell]) -> None:
 @contextlib.contextmanager
 def turn(cells: Sequence[Cell]) -> Iterator[None]:
     """Keeps the States from all other threads, which wait."""
+    if not cells:
+        yield
+        return
     with lock:
         wait_for(cells)
         mine = [cell for cell in cells if cell not in shared.taken]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ._args import spread_prefix
 from ._cache import Record
 from ._cell import Cell, shared
-from ._compat import Tracer, eval_jaxpr, jit_disabled
+from ._compat import jit_disabled
 from ._program import OutTree
 from ._structure import ARRAY, Structure
 
@@ -32,7 +32,6 @@ class Options(NamedTuple):
     donate_states: bool = False
     in_shardings: Any = None
     out_shardings: Any = None
-    checked: bool = False  # the function returns (error, out): see `filter_jit`
 
 
 class Restart(Exception):
@@ -51,7 +50,6 @@ class Owner(Protocol):
 
     def record(self, dynamic: Sequence[Any], known: dict) -> Record: ...
     def learn(self, record: Record) -> bool: ...
-    def done(self, record: Record) -> None: ...
 
 
 class Inputs(NamedTuple):
@@ -98,7 +96,6 @@ class Compiled:
             or inputs.donated
             or inputs.donated_leaves
             or inputs.may_fail
-            or options.checked
             or inputs.shardings is not None
         )
 
@@ -192,16 +189,10 @@ class Compiled:
         if not self._covers(record):
             raise Restart
         program = record.program
-        closed_over = [
-            c if isinstance(c, Tracer) else consts[self._const_index[id(c)]]
-            for c in program.consts
-        ]
-        reads = program.read_leaves(known.__getitem__)
-        outputs = eval_jaxpr(program.jaxpr, closed_over, *dynamic, *reads)
-        leaves, writes = program.split(outputs)
+        closed_over = [consts[self._const_index[id(c)]] for c in program.consts]
+        leaves, writes = program(dynamic, known, closed_over)
         if self._options.out_shardings is not None:
             leaves = _constrain(leaves, program.out, self._options.out_shardings)
-        self._entry.done(record)
         written = [flat for flat, _ in writes.values()]
         kept = [flats[i] for i in self.untouched(record)]
         return self._marked(record, [*leaves, *written, *kept])
@@ -230,11 +221,7 @@ class Compiled:
         program, inputs = record.program, self._inputs
         return (
             all(cell in inputs.cells for cell in program.reads)
-            and all(
-                id(c) in self._const_index
-                for c in program.consts
-                if not isinstance(c, Tracer)
-            )
+            and all(id(c) in self._const_index for c in program.consts)
             and (inputs.may_fail or not record.may_fail)
             and not (self.donated and record.effects)
         )

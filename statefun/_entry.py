@@ -122,7 +122,6 @@ class Entry:
         self.effects = False
         self._closure: dict[Cell, Any] = {}  # reached otherwise than by an argument
         self._variants: dict[tuple, Compiled] = {}
-        self._temporary: Record | None = None
         self._present = threading.local()
         self._dropped = 0
         options = traces.options
@@ -175,8 +174,7 @@ class Entry:
     def _find(self, dynamic: Sequence[Any], known: dict[Cell, Value]) -> Record | None:
         avals = tuple(jax.typeof(x) for x in dynamic)
         context = trace_context()
-        temporary = [self._temporary] if self._temporary is not None else []
-        for record in [*temporary, *reversed(self.records)]:
+        for record in reversed(self.records):
             program = record.program
             if (
                 program.in_avals == avals
@@ -223,10 +221,7 @@ class Entry:
         record.states = tuple(  # type: ignore[assignment]
             cell.handle or _gone for cell in self._actual(program.order)
         )
-        if program.closed_over_tracers:
-            # Kept for the call at hand only: tracers must not outlive their trace.
-            self._temporary = record
-        else:
+        if not program.closed_over_tracers:  # tracers must not outlive their trace
             self.file(record)
         observer.traced(self, record)
         return record
@@ -236,8 +231,6 @@ class Entry:
 
     def file(self, record: Record) -> None:
         """Keeps a record: a new one, or one that was dropped but is still compiled."""
-        if record is self._temporary or record.forgotten:
-            return
         if record not in self.records:
             self.records.append(record)
         gone = self.traces.records.add(record)
@@ -249,12 +242,6 @@ class Entry:
         """The States of the call that is under way, in place of the stand-ins."""
         present, index = self._present.states, self.arg_cells
         return [present[index[c]]._cell if c in index else c for c in cells]
-
-    def done(self, record: Record) -> None:
-        """A program that closed over tracers has been used."""
-        if record is self._temporary:
-            self._temporary = None
-            record.forget_jaxpr()
 
     def learn(self, record: Record) -> bool:
         """Takes in what a program needs; False if there was nothing new."""
@@ -338,9 +325,7 @@ class Entry:
         options = self.traces.options
         # Where a run may fail the old values are needed afterwards, and a callback may
         # read them meanwhile: nothing is donated.
-        donate_states = options.donate_states and not (
-            self.may_fail or self.effects or options.checked
-        )
+        donate_states = options.donate_states and not (self.may_fail or self.effects)
         inputs = Inputs(
             cells=tuple(self.inputs),
             targets=targets,
@@ -362,19 +347,17 @@ class Entry:
         if record.compiled is not None:
             return record.compiled
         program = record.program
-        consts = [c for c in program.consts if not isinstance(c, Tracer)]
         inputs = Inputs(
             cells=tuple(program.reads),
             targets=self.targets(program.reads),
             structures=tuple(program.reads.values()),
-            consts=tuple({id(c): c for c in consts}.values()),
+            consts=tuple({id(c): c for c in program.consts}.values()),
             shardings=None if self.in_shardings is None else tuple(self.in_shardings),
             # The outermost call looks after checks: here it is told of them.
             may_fail=record.may_fail,
         )
         compiled = Compiled(self, inputs, self.traces.options)
-        if record is not self._temporary:
-            record.compiled = compiled
+        record.compiled = compiled
         return compiled
 
     def prepare(self, dynamic: Sequence[Any], states: Sequence[State]) -> Compiled:

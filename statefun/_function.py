@@ -14,7 +14,6 @@ from . import _compat, _entry, _frame
 from ._cache import CacheKey, Record
 from ._call import Caller, Fast
 from ._cell import Cell
-from ._compat import eval_jaxpr
 from ._compiled import Options
 from ._errors import StateValueError, lesson
 from ._program import Program
@@ -255,13 +254,7 @@ class StatefulFunction(Fast, Generic[P, R]):
         program = record.program
         values = _check_values(program, states, state_vals)
         dynamic = self._caller.entry(args, kwargs)[1]
-        outputs = eval_jaxpr(
-            program.jaxpr,
-            program.consts,
-            *dynamic,
-            *program.read_leaves(values.__getitem__),
-        )
-        leaves, writes = program.split(outputs)
+        leaves, writes = program(dynamic, values)
         new = writes if self.return_only_write else values | writes
         new_vals = tuple(
             new[cell][1].unflatten(new[cell][0]) if cell in new else None

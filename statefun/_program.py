@@ -19,7 +19,7 @@ import jax.extend.core as jec
 import jax.tree_util as jtu
 
 from . import _compat, _frame
-from ._cell import Cell, Value
+from ._cell import Cell, Value, Values
 from ._compat import Tracer
 from ._errors import StateTypeError, lesson
 from ._frame import TracedFrame
@@ -258,12 +258,16 @@ class Program:
         written = unflatten_values(self.out_avals[self.n_out :], self.writes)
         return tuple(leaves_of(*written[cell]))
 
-    def read_leaves(self, value: Callable[[Cell], Value]) -> list[Any]:
-        """The inputs that stand for States."""
-        found: list[Any] = []
-        for cell in self.reads:
-            found.extend(leaves_of(*value(cell)))
-        return found
+    def __call__(
+        self,
+        dynamic: Sequence[Any],
+        values: Mapping[Cell, Value],
+        consts: Sequence[Any] | None = None,
+    ) -> tuple[list[Any], Values]:
+        """Pure: the arrays of the result, and what the written States hold then."""
+        consts = self.consts if consts is None else consts
+        reads = [x for cell in self.reads for x in leaves_of(*values[cell])]
+        return self.split(_compat.eval_jaxpr(self.jaxpr, consts, *dynamic, *reads))
 
     @property
     def out_avals(self) -> list[Any]:
@@ -297,10 +301,10 @@ class Program:
                 return f"{at} is {new.str_short()}, and {old.str_short()} was traced"
         return None
 
-    def unflatten_reads(self, leaves: Sequence[Any]) -> dict[Cell, Value]:
+    def unflatten_reads(self, leaves: Sequence[Any]) -> Values:
         return unflatten_values(leaves, self.reads)
 
-    def split(self, outputs: Sequence[Any]) -> tuple[list[Any], dict[Cell, Value]]:
+    def split(self, outputs: Sequence[Any]) -> tuple[list[Any], Values]:
         """The outputs of the jaxpr as the result's arrays and the States' new values."""
         return list(outputs[: self.n_out]), unflatten_values(
             outputs[self.n_out :], self.writes
@@ -309,8 +313,8 @@ class Program:
 
 def unflatten_values(
     arrays: Sequence[Any], structures: Mapping[Cell, Structure]
-) -> dict[Cell, Value]:
-    values, start = {}, 0
+) -> Values:
+    values, start = Values(), 0
     for cell, structure in structures.items():
         stop = start + len(structure.slots)
         values[cell] = flat_of(arrays[start:stop], structure), structure

@@ -10,13 +10,13 @@ import jax.tree_util as jtu
 from jax import lax
 
 from .. import _frame
-from .._cell import Cell, Value
+from .._cell import Cell, Value, Values
 from .._errors import StateValueError, lesson
 from .._program import OutTree, Program, Reference
 from .._structure import ARRAY, LEAF, Structure, leaves_of, static_key
 from ._carry import as_arrays
 from ._eager import answering_for, compiled_when_eager
-from ._thread import evaluate, note_checks, split_arrays, trace_body, values_of
+from ._thread import note_checks, split_arrays, trace_body, values_of
 
 
 class _Branches:
@@ -47,10 +47,9 @@ class _Branches:
 
         def of(program: Program, branch: Callable) -> Callable[..., Any]:
             def run(arrays: Sequence[Any]) -> Any:
-                leaves, new = evaluate(program, arrays, self._values)
-                return leaves, [
-                    (new.get(c) or self._values[c])[0] for c in self._written
-                ]
+                leaves, new = program(arrays, self._values)
+                held = self._values | new
+                return leaves, Values((c, held[c]) for c in self._written)
 
             run.__wrapped__ = branch  # type: ignore[attr-defined]  # errors name it
             return run
@@ -59,9 +58,8 @@ class _Branches:
 
     def finish(self, out: Any) -> Any:
         """Writes the States; the result."""
-        leaves, states = out
-        pairs = zip(self._written.items(), states, strict=True)
-        _frame.write({cell: (flat, s) for (cell, s), flat in pairs})
+        leaves, written = out
+        _frame.write(written)
         return self.programs[0].out.build(leaves)
 
     def _check_results(self, name: str) -> None:

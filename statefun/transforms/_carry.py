@@ -13,11 +13,10 @@ import jax.tree_util as jtu
 from jax import lax
 
 from .. import _frame
-from .._cell import Cell, Value
+from .._cell import Values
 from .._program import Program
 from .._structure import static_key, treedef_key
 from ._thread import (
-    evaluate,
     note_checks,
     split_arrays,
     trace_body,
@@ -146,32 +145,21 @@ class Loop:
         note_checks(self.program)
 
     @property
-    def init(self) -> tuple[list[Any], list[Any]]:
+    def init(self) -> tuple[list[Any], Values]:
         """The arrays of the carry, and the written States."""
-        return self.carry.arrays, [self.values[c][0] for c in self.program.writes]
-
-    def inside(self, states: Sequence[Any]) -> dict[Cell, Value]:
-        """What the States hold in an iteration."""
-        written = zip(self.program.writes.items(), states, strict=True)
-        return self.values | {c: (flat, s) for (c, s), flat in written}
+        written = Values((c, self.values[c]) for c in self.program.writes)
+        return self.carry.arrays, written
 
     def step(self, loop: Any, rest: Sequence[Any]) -> tuple[Any, list[Any]]:
         """One iteration: the next carry, and the arrays that the body returned beside."""
-        arrays, states = loop
-        leaves, new = evaluate(self.program, [*arrays, *rest], self.inside(states))
+        arrays, written = loop
+        leaves, new = self.program([*arrays, *rest], self.values | written)
         n = len(arrays)
-        return (leaves[:n], [flat for flat, _ in new.values()]), leaves[n:]
+        return (leaves[:n], new), leaves[n:]
 
     def finish(self, loop: Any, beside: Sequence[Any] = ()) -> tuple[Any, Any]:
         """Writes the States; the final carry, and what the body returned beside it."""
-        arrays, states = loop
-        _frame.write(
-            {
-                c: (flat, s)
-                for (c, s), flat in zip(
-                    self.program.writes.items(), states, strict=True
-                )
-            }
-        )
+        arrays, written = loop
+        _frame.write(written)
         _, out = self.program.out.build([*arrays, *beside])
         return self.carry.build(arrays), out

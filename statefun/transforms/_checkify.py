@@ -9,7 +9,7 @@ import equinox as eqx
 from jax.experimental import checkify as jax_checkify
 
 from .. import _frame
-from ._thread import Wrapper, evaluate, split_arrays, trace_body, values_of
+from ._thread import Wrapper, split_arrays, trace_body, values_of
 
 
 class _Checkified(Wrapper):
@@ -28,21 +28,10 @@ class _Checkified(Wrapper):
             return self._fun(*args, **kwargs)
 
         program = trace_body(run, arrays)
-        values = values_of(program.reads)
-        cells = list(values)
-
-        def pure(arrays: list, flats: list, consts: list) -> Any:
-            held = zip(cells, flats, strict=True)
-            inside = {c: (flat, values[c][1]) for c, flat in held}
-            leaves, new = evaluate(program, arrays, inside, consts)
-            return leaves, [flat for flat, _ in new.values()]
-
-        flats = [flat for flat, _ in values.values()]
-        error, (leaves, new) = jax_checkify.checkify(pure, self._errors)(
-            arrays, flats, list(program.consts)
+        error, (leaves, new) = jax_checkify.checkify(program.__call__, self._errors)(
+            arrays, values_of(program.reads), list(program.consts)
         )
-        pairs = zip(program.writes.items(), new, strict=True)
-        _frame.write({cell: (flat, s) for (cell, s), flat in pairs})
+        _frame.write(new)
         return error, program.out.build(leaves)
 
 

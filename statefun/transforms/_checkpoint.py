@@ -10,7 +10,6 @@ import equinox as eqx
 import jax
 
 from .. import _frame
-from .._compat import eval_jaxpr
 from ._thread import (
     Wrapper,
     note_checks,
@@ -39,15 +38,10 @@ class _Checkpoint(Wrapper):
         program = trace_body(run, arrays)
         note_checks(program)
         values = values_of(program.reads)
-        inputs = [*arrays, *program.read_leaves(values.__getitem__)]
-
-        @functools.partial(
-            jax.checkpoint, prevent_cse=self._prevent_cse, policy=self._policy
+        pure = jax.checkpoint(
+            program.__call__, prevent_cse=self._prevent_cse, policy=self._policy
         )
-        def pure(consts: Any, inputs: Any) -> Any:
-            return eval_jaxpr(program.jaxpr, consts, *inputs)
-
-        leaves, writes = program.split(pure(list(program.consts), inputs))
+        leaves, writes = pure(arrays, values, list(program.consts))
         _frame.write(writes)
         return program.out.build(leaves)
 

@@ -26,7 +26,7 @@ import jax.tree_util as jtu
 from jax.custom_derivatives import SymbolicZero
 
 from .. import _frame
-from .._cell import Cell, Value
+from .._cell import Cell, Value, Values
 from .._compat import Tracer
 from .._errors import StateTraceError, lesson
 from .._frame import TracedFrame
@@ -34,7 +34,6 @@ from .._program import Program, unpack
 from .._structure import Structure, leaves_of
 from ._thread import (
     Written,
-    evaluate,
     split_arrays,
     threaded,
     trace_body,
@@ -112,7 +111,7 @@ def _call(fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
 def _replay(program: Program, /, *args: Any, **kwargs: Any) -> Any:
     """What the function did when it was traced, without running it again."""
     arrays, _ = split_arrays((args, kwargs))
-    leaves, new = evaluate(program, arrays, values_of(program.reads))
+    leaves, new = program(arrays, values_of(program.reads))
     _frame.write(new)
     return program.out.build(leaves)
 
@@ -177,7 +176,7 @@ class Touched:
 
     def __init__(self, name: str):
         self._name = name
-        self._values: dict[Cell, Value] = {}
+        self._values = Values()
         self._written: dict[Cell, Structure] = {}
         self._checks = False
         self._open = True
@@ -211,38 +210,26 @@ class Touched:
                     programs = () if looked else look_ahead()
                     looked = True
                     cells = [c for p in programs if p is not None for c in p.reads]
-                    self._values |= values_of(
-                        c for c in [met.cell, *cells] if c not in self._values
-                    )
+                    new = [c for c in [met.cell, *cells] if c not in self._values]
+                    self._values = Values(self._values | values_of(new))
         finally:
             self._open = False
 
-    def flats(self) -> list[Any]:
+    def values(self) -> Values:
         """What the States hold, as arguments that must not be differentiated."""
-        flats = [flat for flat, _ in self._values.values()]
-        return _not_differentiated(self._name, list(self._values), flats)
+        return _not_differentiated(self._name, self._values)
 
-    def run(self, run: Callable[[], Any], flats: Sequence[Any]) -> tuple[Any, Written]:
+    def run(self, run: Callable[[], Any], inside: Values) -> tuple[Any, Written]:
         """Runs the function or a rule: its result, and what the States hold then."""
-        pairs = zip(self._values.items(), flats, strict=True)
-        inside = {cell: (flat, s) for (cell, (_, s)), flat in pairs}
         out, written = threaded(run, inside, view=self._meet, sealed=not self._open)
-        written = written.without(written.created)
-        late = [c for c in written.cells if c not in self._written]
+        new = written.without(written.created).values
+        late = [c for c in new if c not in self._written]
         if late and not self._open:
             raise too_late(self._name, late[0], "wrote")
         # The same States whether function or rule runs: what is not written stays.
-        structures = self._written | dict(
-            zip(written.cells, written.structures, strict=True)
-        )
-        new = dict(zip(written.cells, written.flats, strict=True))
-        return out, Written(
-            [new[c] if c in new else inside[c][0] for c in structures],
-            tuple(structures),
-            tuple(structures.values()),
-            frozenset(),
-            self._checks or written.checks,
-        )
+        held = {**inside, **new}
+        kept = Values((c, held[c]) for c in dict.fromkeys([*self._written, *new]))
+        return out, Written(kept, frozenset(), self._checks or written.checks)
 
     def _meet(self, cell: Cell, value: Value) -> Value:
         if not self._open:
@@ -266,20 +253,18 @@ def too_late(name: str, cell: Cell, what: str) -> StateTraceError:
     )
 
 
-def _not_differentiated(
-    name: str, cells: Sequence[Cell], flats: list[Any]
-) -> list[Any]:
+def _not_differentiated(name: str, values: Values) -> Values:
     """The values, such that differentiating with respect to them raises."""
-    if not cells:
-        return flats
+    if not values:
+        return values
 
     @jax.custom_jvp
-    def identity(flats: list[Any]) -> list[Any]:
-        return flats
+    def identity(values: Values) -> Values:
+        return values
 
     def rule(primals: Any, tangents: Any) -> Any:
-        ((flats,), (tangents,)) = primals, tangents
-        for cell, tangent in zip(cells, tangents, strict=True):
+        ((values,), (tangents,)) = primals, tangents
+        for cell, (tangent, _) in tangents.items():
             leaves = jtu.tree_leaves(tangent, is_leaf=_is_zero)
             if not all(map(_is_zero, leaves)):
                 raise StateTraceError(
@@ -291,10 +276,10 @@ def _not_differentiated(
                         "pass the State's value as an argument.",
                     )
                 )
-        return flats, tangents
+        return values, tangents
 
     identity.defjvp(rule, symbolic_zeros=True)
-    return identity(flats)
+    return identity(values)
 
 
 def _is_zero(x: Any) -> bool:

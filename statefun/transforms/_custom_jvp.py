@@ -8,6 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax.tree_util as jtu
 
+from .._cell import Values
 from ._custom import CustomDerivative, Touched
 from ._thread import Written
 
@@ -76,16 +77,16 @@ class filter_custom_jvp(CustomDerivative):
     def attempt(
         self, touched: Touched, fn: Callable[..., Any], args: tuple, kwargs: dict
     ) -> tuple[Any, Written]:
-        def pure(flats: list, /, *args: Any, **kwargs: Any) -> Any:
-            return touched.run(lambda: fn(*args, **kwargs), flats)
+        def pure(values: Values, /, *args: Any, **kwargs: Any) -> Any:
+            return touched.run(lambda: fn(*args, **kwargs), values)
 
         def pure_jvp(primals: tuple, tangents: tuple, **kwargs: Any) -> Any:
-            (flats, *args), (_, *t_args) = primals, tangents
+            (values, *args), (_, *t_args) = primals, tangents
             (out, t_out), written = touched.run(
-                lambda: self._apply(tuple(args), tuple(t_args), kwargs), flats
+                lambda: self._apply(tuple(args), tuple(t_args), kwargs), values
             )
             return (out, written), (t_out, jtu.tree_map(lambda _: None, written))
 
         custom = eqx.filter_custom_jvp(pure)
         custom.def_jvp(pure_jvp)
-        return custom(touched.flats(), *args, **kwargs)
+        return custom(touched.values(), *args, **kwargs)

@@ -10,9 +10,8 @@ import jax.tree_util as jtu
 from jax import lax
 
 from .. import _frame
-from .._cell import Cell, Value
+from .._cell import Cell, Value, Values
 from .._program import unpack
-from .._structure import Structure
 from ._custom import CustomDerivative, Touched, ahead, too_late
 from ._thread import Written, split_arrays, threaded, values_of
 
@@ -98,7 +97,7 @@ class filter_custom_vjp(CustomDerivative):
         cells = frame.order if program is None else program.reads
         # New States travel with the residuals.
         values = values_of(c for c in cells if c not in frame.created)
-        return out, (residuals, _Saved.of(values))
+        return out, (residuals, values)
 
     def _backward(
         self, residuals: Any, grad: Any, perturbed: Any, args: tuple, kwargs: dict
@@ -109,14 +108,14 @@ class filter_custom_vjp(CustomDerivative):
     def attempt(
         self, touched: Touched, fn: Callable[..., Any], args: tuple, kwargs: dict
     ) -> tuple[Any, Written]:
-        def pure(vjp_arg: Any, /, flats: list, args: tuple, kwargs: dict) -> Any:
-            return touched.run(lambda: fn(vjp_arg, *args, **kwargs), flats)
+        def pure(vjp_arg: Any, /, values: Values, args: tuple, kwargs: dict) -> Any:
+            return touched.run(lambda: fn(vjp_arg, *args, **kwargs), values)
 
         def pure_fwd(
-            perturbed: Any, vjp_arg: Any, /, flats: list, args: tuple, kwargs: dict
+            perturbed: Any, vjp_arg: Any, /, values: Values, args: tuple, kwargs: dict
         ) -> Any:
             (out, residuals), written = touched.run(
-                lambda: self._forward(perturbed, (vjp_arg, *args), kwargs), flats
+                lambda: self._forward(perturbed, (vjp_arg, *args), kwargs), values
             )
             return (out, written), residuals
 
@@ -126,13 +125,14 @@ class filter_custom_vjp(CustomDerivative):
             perturbed: Any,
             vjp_arg: Any,
             /,
-            flats: list,
+            values: Values,
             args: tuple,
             kwargs: dict,
         ) -> Any:
             (residuals, saved), (grad, _) = residuals, grad
-            return saved.run(
+            return _backward_with(
                 self.name,
+                saved,
                 lambda: self._backward(
                     unpack(residuals), grad, perturbed, (vjp_arg, *args), kwargs
                 ),
@@ -142,36 +142,19 @@ class filter_custom_vjp(CustomDerivative):
         custom.def_fwd(pure_fwd)
         custom.def_bwd(pure_bwd)
         vjp_arg, *rest = args
-        out, written = custom(vjp_arg, touched.flats(), tuple(rest), kwargs)
+        out, written = custom(vjp_arg, touched.values(), tuple(rest), kwargs)
         # JAX takes every result of a custom_vjp for differentiated, and the backward rule
         # gets no cotangent of these.
         return out, jtu.tree_map(lax.stop_gradient, written)
 
 
-class _Saved(eqx.Module):
-    """What States held when the forward rule had run, for the backward rule."""
+def _backward_with(name: str, saved: Values, run: Callable[[], Any]) -> Any:
+    """Runs the backward rule, in which States hold what the forward rule has left."""
 
-    flats: list[Any]
-    cells: tuple[Cell, ...] = eqx.field(static=True)
-    structures: tuple[Structure, ...] = eqx.field(static=True)
+    def unknown(cell: Cell, _: Value) -> Value:
+        raise too_late(name, cell, "read")
 
-    @classmethod
-    def of(cls, values: dict[Cell, Value]) -> _Saved:
-        return cls(
-            [flat for flat, _ in values.values()],
-            tuple(values),
-            tuple(structure for _, structure in values.values()),
-        )
-
-    def run(self, name: str, run: Callable[[], Any]) -> Any:
-        """Runs the backward rule, in which the States hold this."""
-
-        def unknown(cell: Cell, _: Value) -> Value:
-            raise too_late(name, cell, "read")
-
-        pairs = zip(self.flats, self.structures, strict=True)
-        inside = dict(zip(self.cells, pairs, strict=True))
-        out, written = threaded(run, inside, view=unknown, sealed=True)
-        for cell in written.without(written.created).cells:
-            raise too_late(name, cell, "wrote")
-        return out
+    out, written = threaded(run, saved, view=unknown, sealed=True)
+    for cell in written.without(written.created).values:
+        raise too_late(name, cell, "wrote")
+    return out

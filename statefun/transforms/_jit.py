@@ -7,9 +7,10 @@ import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, overload
 
-from jax.experimental.checkify import user_checks
+from jax.experimental.checkify import check_error, user_checks
 
 from .._call import AheadOfTime, Fast
+from .._frame import transaction
 from .._function import StatefulFunction
 from ._checkify import checkify as checkified
 
@@ -68,6 +69,18 @@ class Jitted(Fast, Generic[P, R]):
     def clear_cache(self) -> None:
         """Forgets everything traced and compiled."""
         self._caller.clear()
+
+
+class Checked(Jitted):
+    """A function that returns `(error, out)`: raises before anything is written."""
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        def run() -> Any:
+            error, out = self._caller.run(args, kwargs)
+            check_error(error)  # raises; in a trace, the transform around has to see it
+            return out
+
+        return transaction(run)
 
 
 class Traced:
@@ -274,6 +287,5 @@ def filter_jit(
         donate_states=donate_states,
         in_shardings=in_shardings,
         out_shardings=out_shardings,
-        checked=errors is not False,
     )
-    return Jitted(stateful)
+    return Jitted(stateful) if errors is False else Checked(stateful)

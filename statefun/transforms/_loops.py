@@ -18,7 +18,6 @@ from ._carry import Carry, Loop, as_arrays, element
 from ._eager import answering_for, compiled_when_eager
 from ._progress import with_progress
 from ._thread import (
-    evaluate,
     note_checks,
     split_arrays,
     threaded,
@@ -297,8 +296,8 @@ def _while_loop(cond_fun: Callable, body_fun: Callable, init_val: Any) -> Any:
     others = values_of(c for c in condition.reads if c not in loop.values)
 
     def cond(at: Any) -> Any:
-        arrays, states = at
-        leaves, _ = evaluate(condition, arrays, others | loop.inside(states))
+        arrays, written = at
+        leaves, _ = condition(arrays, others | loop.values | written)
         return condition.out.build(leaves)
 
     final = lax.while_loop(cond, lambda at: loop.step(at, [])[0], loop.init)
@@ -378,8 +377,10 @@ def associative_scan(
 
     def combine(a: list, b: list) -> list:
         out, written = threaded(lambda: fn(build(a), build(b)))
-        if written.cells:
-            raise only_reads("function of `associative_scan`", written.cells[0])
+        if written.values:
+            raise only_reads(
+                "function of `associative_scan`", next(iter(written.values))
+            )
         return split_arrays(out)[0]
 
     return transaction(

@@ -16,7 +16,6 @@ from .._program import unpack
 from .._structure import flatten, static_key, treedef_key
 from ._thread import (
     Wrapper,
-    evaluate,
     note_checks,
     split_arrays,
     threaded,
@@ -137,9 +136,8 @@ class _Converted(Wrapper):
                 "structure, shapes and dtypes that it was converted for."
             )
         note_checks(self.program)
-        leaves, writes = evaluate(
-            self.program, arrays, values_of(self.program.reads), self.consts
-        )
+        values = values_of(self.program.reads)
+        leaves, writes = self.program(arrays, values, self.consts)
         _frame.write(writes)
         return self.program.out.build(leaves)
 

@@ -12,9 +12,8 @@ import equinox as eqx
 import jax
 from jax.sharding import PartitionSpec
 
-from .. import _frame
 from .._args import spread_prefix
-from .._cell import Cell, Value
+from .._cell import Cell, Value, Values
 from .._compat import varying_axes
 from .._errors import StateTraceError, lesson
 from .._program import unpack
@@ -27,6 +26,7 @@ from ._thread import (
     split_arrays,
     threaded,
     transaction,
+    values_of,
 )
 
 # What `jax.shard_map` takes to infer the specs has no public name.
@@ -74,7 +74,7 @@ class _ShardMap(Wrapper):
                 spec = self._spec_of(cell)
                 if spec is not None:
                     in_pieces[cell] = spec
-        values = {cell: _frame.read(cell) for cell in in_pieces}
+        values = values_of(in_pieces)
         arrays, build = split_arrays(args)
         # One group of written States for each spec: which States these are is known
         # only when the function has run.
@@ -91,40 +91,33 @@ class _ShardMap(Wrapper):
                 raise _Found(cell)
             return lanes.view(cell, value)
 
-        def inner(pieces: list, *arrays: Any) -> Any:
-            inside = {
-                cell: (flat, structure)
-                for (cell, (_, structure)), flat in zip(
-                    values.items(), pieces, strict=True
-                )
-            }
+        def inner(pieces: Values, *arrays: Any) -> Any:
             out, written = threaded(
-                lambda: self._fun(*build(arrays)), inside, keeps=True, view=view
+                lambda: self._fun(*build(arrays)), pieces, keeps=True, view=view
             )
             written, seen["advanced"] = lanes.take_out(written.without(written.created))
-            where = [in_pieces.get(c) or self._spec_of(c) for c in written.cells]
-            for cell, spec in zip(written.cells, where, strict=True):
+            groups = [Values() for _ in specs]
+            for cell, value in written.values.items():
+                spec = in_pieces.get(cell) or self._spec_of(cell)
                 if spec is not None and spec not in specs:
                     raise _Found(cell)
-            seen["written"] = written.with_flats([])  # no tracer outlives its trace
-            seen["groups"] = [specs.index(s) if s is not None else 0 for s in where]
-            self._check_shared(written, where)
+                if spec is None:
+                    _check_shared(cell, value)
+                groups[0 if spec is None else specs.index(spec)][cell] = value
+            seen["checks"] = written.checks
             dynamic, seen["static"] = eqx.partition(out, eqx.is_array)
-            groups: list[list] = [[] for _ in specs]
-            for flat, i in zip(written.flats, seen["groups"], strict=True):
-                groups[i].append(flat)
             return dynamic, groups
 
         options: Any = self._options
         in_specs = self._specs(args)
         if in_specs is not None:
-            in_specs = (list(in_pieces.values()), *in_specs)
+            pairs = zip(values.items(), in_pieces.values(), strict=True)
+            in_specs = (Values((c, (p, s)) for (c, (_, s)), p in pairs), *in_specs)
             options = self._options | {"in_specs": in_specs}
         mapped = jax.shard_map(inner, out_specs=(self._out_specs, specs), **options)
-        dynamic, groups = mapped([flat for flat, _ in values.values()], *arrays)
-        queues = [iter(group) for group in groups]
-        flats = [next(queues[i]) for i in seen["groups"]]
-        seen["written"].with_flats(flats).hand_over()
+        dynamic, groups = mapped(values, *arrays)
+        written = Values(pair for group in groups for pair in group.items())
+        Written(written, frozenset(), seen["checks"]).hand_over()
         lanes.advance(seen["advanced"])
         return unpack(eqx.combine(dynamic, seen["static"]))
 
@@ -144,23 +137,20 @@ class _ShardMap(Wrapper):
         spread = spread_prefix(given, args)
         return [s for s, x in zip(spread, leaves, strict=True) if eqx.is_array(x)]
 
-    def _check_shared(self, written: Written, specs: list[Any]) -> None:
-        rows = zip(written.cells, written.flats, written.structures, specs, strict=True)
-        for cell, flat, structure, spec in rows:
-            differing = spec is None and any(
-                varying_axes(x) for x in leaves_of(flat, structure)
+
+def _check_shared(cell: Cell, value: Value) -> None:
+    """Refuses a value that differs between devices, for a State that is replicated."""
+    if any(map(varying_axes, leaves_of(*value))):
+        raise StateTraceError(
+            lesson(
+                "inside `shard_map` a value that differs between devices was written to "
+                f"{cell.describe()}.",
+                "the State is replicated: all devices hold the same value.",
+                "write something that is equal on all devices "
+                "(`jax.lax.pmean(x, axis_name)`), or let the State be held in pieces: "
+                "`shard_map(…, state_specs=[(state, P('axis'))])`.",
             )
-            if differing:
-                raise StateTraceError(
-                    lesson(
-                        "inside `shard_map` a value that differs between devices was "
-                        f"written to {cell.describe()}.",
-                        "the State is replicated: all devices hold the same value.",
-                        "write something that is equal on all devices "
-                        "(`jax.lax.pmean(x, axis_name)`), or let the State be held in "
-                        "pieces: `shard_map(…, state_specs=[(state, P('axis'))])`.",
-                    )
-                )
+        )
 
 
 def shard_map(

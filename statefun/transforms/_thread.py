@@ -26,57 +26,41 @@ import jax
 import jax.tree_util as jtu
 
 from .. import _frame, _program
-from .._cell import Cell, Value
-from .._compat import eval_jaxpr
+from .._cell import Cell, Value, Values
 from .._errors import StateValueError, lesson
 from .._frame import Overlay, transaction as transaction
 from .._program import Program, pack, refuse_bare_state
 from .._state import State
-from .._structure import Structure, flatten, leaves_of
+from .._structure import flatten, leaves_of
 
 # -- on values ----------------------------------------------------------------------
 
 
 # Not an `eqx.Module`: these are made at every call, and a dataclass is ten times cheaper.
 @functools.partial(
-    jtu.register_dataclass,
-    data_fields=["flats"],
-    meta_fields=["cells", "structures", "created", "checks"],
+    jtu.register_dataclass, data_fields=["values"], meta_fields=["created", "checks"]
 )
 @dataclasses.dataclass(frozen=True)
 class Written:
     """The values of the States that a function has written, on their way out."""
 
-    flats: list[Any]
-    cells: tuple[Cell, ...]
-    structures: tuple[Structure, ...]
+    values: Values
     created: frozenset[Cell]
     checks: bool
 
     def without(self, cells: Container[Cell]) -> Written:
         """Less some States."""
-        if not any(cell in cells for cell in self.cells):
-            return self
-        kept = [i for i, cell in enumerate(self.cells) if cell not in cells]
+        kept = Values((c, v) for c, v in self.values.items() if c not in cells)
         return Written(
-            [self.flats[i] for i in kept],
-            tuple(self.cells[i] for i in kept),
-            tuple(self.structures[i] for i in kept),
-            frozenset(c for c in self.created if c not in cells),
-            self.checks,
+            kept, frozenset(c for c in self.created if c in kept), self.checks
         )
-
-    def with_flats(self, flats: Sequence[Any]) -> Written:
-        """The same States with other values."""
-        return dataclasses.replace(self, flats=list(flats))
 
     def hand_over(self) -> None:
         """Passes the values to the frame around the transform."""
         frame = _frame.local.frame
         assert frame is not None, "a twin runs in a transaction"
         frame.checks |= self.checks
-        values = zip(self.flats, self.structures, strict=True)
-        for cell, value in zip(self.cells, values, strict=True):
+        for cell, value in self.values.items():
             (frame.create if cell in self.created else frame.write)(cell, *value)
 
 
@@ -101,15 +85,7 @@ def threaded(
         out = run()
         refuse_bare_state(out, "returned")
         out = pack(out, frame.created)
-        cells = tuple(frame.writes)
-        values = [frame.writes[cell] for cell in cells]
-        written = Written(
-            [flat for flat, _ in values],
-            cells,
-            tuple(structure for _, structure in values),
-            frozenset(frame.created),
-            frame.checks,
-        )
+        written = Written(Values(frame.writes), frozenset(frame.created), frame.checks)
     return out, written
 
 
@@ -205,7 +181,7 @@ class Lanes:
 
     def take_out(self, written: Written) -> tuple[Written, list[Cell]]:
         """What was written less these States, and those of them that were written."""
-        mine = [cell for cell in written.cells if cell in self._split]
+        mine = [cell for cell in written.values if cell in self._split]
         return written.without(mine), mine
 
     def advance(self, cells: Iterable[Cell]) -> None:
@@ -238,25 +214,9 @@ def trace_body(run: Callable[..., Any], dynamic: Sequence[Any]) -> Program:
     return _program.trace(run, dynamic)
 
 
-def values_of(cells: Iterable[Cell]) -> dict[Cell, Value]:
+def values_of(cells: Iterable[Cell]) -> Values:
     """What the States hold, as reads of the frame around the transform."""
-    return {cell: _frame.read(cell) for cell in cells}
-
-
-def evaluate(
-    program: Program,
-    dynamic: Sequence[Any],
-    values: Mapping[Cell, Value],
-    consts: Sequence[Any] | None = None,
-) -> tuple[list[Any], dict[Cell, Value]]:
-    """Runs a program: the arrays of the result, and the values of the written States."""
-    outputs = eval_jaxpr(
-        program.jaxpr,
-        program.consts if consts is None else consts,
-        *dynamic,
-        *program.read_leaves(values.__getitem__),
-    )
-    return program.split(outputs)
+    return Values((cell, _frame.read(cell)) for cell in cells)
 
 
 def note_checks(*programs: Program) -> None:

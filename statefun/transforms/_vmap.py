@@ -12,14 +12,14 @@ import jax.tree_util as jtu
 import numpy as np
 from jax import lax
 
-from .. import _compat, _frame
-from .._cell import Cell, Value
+from .. import _compat
+from .._cell import Cell, Value, Values
 from .._errors import StateTraceError, lesson
 from .._program import unpack
 from .._state import is_state
 from .._structure import flat_of, leaves_of
 from ._state_axes import reachable, rule
-from ._thread import Lanes, Wrapper, Written, threaded
+from ._thread import Lanes, Wrapper, threaded, values_of
 
 # `eqx.if_array` makes a rule that looks at each leaf; one is enough.
 _ARRAYS_ALONG_0 = eqx.if_array(0)
@@ -48,12 +48,19 @@ class _Vmap(Wrapper):
                 axis = axis_of(state)
                 if axis is not None:
                     mapped[cell] = axis
-        values = {cell: _frame.read(cell) for cell in mapped}
-        pieces = [flat for flat, _ in values.values()]
+        pieces = values_of(mapped)
         in_axes, kw_axes = _axes(self._fun, self._in_axes, args, kwargs)
         if any(map(is_state, jtu.tree_leaves((args, kwargs)))):
             in_axes, kw_axes = _past_states((in_axes, kw_axes))
-        axes_in = list(mapped.values()), in_axes, kw_axes
+        axes = [mapped[c] for c in pieces]
+        along = Values(
+            zip(
+                pieces,
+                zip(axes, (s for _, s in pieces.values()), strict=True),
+                strict=False,
+            )
+        )
+        axes_in = along, in_axes, kw_axes
         size = self._axis_size or _size((pieces, args, kwargs), axes_in)
         number: list[Any] = []  # of the lane
         lanes = Lanes(size or 1, lambda: number[0])
@@ -79,41 +86,36 @@ class _Vmap(Wrapper):
 
         outside = _compat.current_trace()
         seen: dict[str, Any] = {}
-        axes: list[int | None] = []
+        turns: list[int | None] = []  # the axis of each array that is written
 
-        def inner(lane_number: Any, pieces: list, args: tuple, kwargs: dict) -> Any:
+        def inner(lane_number: Any, pieces: Values, args: tuple, kwargs: dict) -> Any:
             number.append(lane_number)
-            inside = {
-                cell: (flat, structure)
-                for (cell, (_, structure)), flat in zip(
-                    values.items(), pieces, strict=True
-                )
-            }
             out, written = threaded(
-                lambda: self._fun(*args, **kwargs), inside, view=lane
+                lambda: self._fun(*args, **kwargs), pieces, view=lane
             )
             number.clear()  # a tracer must not outlive its trace
             written, advanced = lanes.take_out(written.without(written.created))
-            axes.extend(axis_for(cell) for cell in written.cells)
-            _check_shared(written, axes, outside)
-            seen["written"] = written.with_flats([])  # no tracer outlives its trace
+            axes = [axis_for(cell) for cell in written.values]
+            _check_shared(written.values, axes, outside)
             seen["advanced"] = advanced
-            return out, written.flats
+            slots = [len(s.slots) for _, s in written.values.values()]
+            turns.extend(a for a, n in zip(axes, slots, strict=True) for _ in range(n))
+            return out, written
 
         vmapped = eqx.filter_vmap(
             inner,
             in_axes=(None if size is None else 0, *axes_in),
             # Which States are written is known when `inner` has run, and this is asked
             # after that, for one array after the other.
-            out_axes=(self._out_axes, _InTurn(seen, axes)),
+            out_axes=(self._out_axes, lambda _: turns.pop(0)),
             axis_name=self._axis_name,
             axis_size=self._axis_size,
             **self._vmapkwargs,
         )
         # NumPy: it costs nothing where it isn't used.
         numbers = 0 if size is None else np.arange(size, dtype=np.int32)
-        out, flats = vmapped(numbers, pieces, args, kwargs)
-        seen["written"].with_flats(flats).hand_over()
+        out, written = vmapped(numbers, pieces, args, kwargs)
+        written.hand_over()
         lanes.advance(seen["advanced"])
         return unpack(out)
 
@@ -161,28 +163,10 @@ def _size(args: Any, axes: Any) -> int | None:
     return next(iter(jtu.tree_leaves(sizes)), None)
 
 
-class _InTurn:
-    """An `out_axes` that gives each array of the written States the State's axis."""
-
-    def __init__(self, seen: dict[str, Any], axes: list[int | None]):
-        self._seen = seen
-        self._axes = axes
-        self._turns: Any = None
-
-    def __call__(self, _: Any) -> int | None:
-        if self._turns is None:
-            structures = self._seen["written"].structures
-            pairs = zip(structures, self._axes, strict=True)
-            self._turns = iter([axis for s, axis in pairs for _ in s.slots])
-        return next(self._turns)
-
-
-def _check_shared(written: Written, axes: list[int | None], outside: Any) -> None:
+def _check_shared(written: Values, axes: list[int | None], outside: Any) -> None:
     """Refuses a value that differs along the axis, for a State that is shared."""
-    rows = zip(written.cells, written.flats, written.structures, axes, strict=True)
-    arrays = [
-        (c, x) for c, flat, s, axis in rows if axis is None for x in leaves_of(flat, s)
-    ]
+    rows = zip(written.items(), axes, strict=True)
+    arrays = [(c, x) for (c, v), axis in rows if axis is None for x in leaves_of(*v)]
     differing = _compat.batched([x for _, x in arrays], outside)
     if differing:
         cell = arrays[min(differing)][0]
