@@ -3,8 +3,11 @@
 from typing import TYPE_CHECKING
 
 from . import metrics as metrics, nn as nn
-from ._cache import (
-    CacheKey as CacheKey,
+from ._call.cache import CacheKey as CacheKey
+from ._call.function import (
+    StatefulFunction as StatefulFunction,
+    StateTrace as StateTrace,
+    make_jaxpr as make_jaxpr,
 )
 from ._errors import (
     StateError as StateError,
@@ -12,18 +15,9 @@ from ._errors import (
     StateTypeError as StateTypeError,
     StateValueError as StateValueError,
 )
-from ._function import (
-    StatefulFunction as StatefulFunction,
-    StateTrace as StateTrace,
-    make_jaxpr as make_jaxpr,
-)
 from ._rng import Rng as Rng
-from ._state import (
-    Param as Param,
-    State as State,
-    is_state as is_state,
-)
-from ._tree import (
+from ._state.state import Param as Param, State as State, is_state as is_state
+from ._state.tree import (
     clone as clone,
     freeze as freeze,
     states as states,

@@ -14,6 +14,7 @@ import jax
 import jax.core
 import jax.extend.core as jec
 import jax.numpy as jnp
+import numpy as np
 from jax.interpreters import batching, mlir
 
 Tracer = jax.core.Tracer
@@ -43,38 +44,6 @@ with eval_context():
 def at_top_level() -> bool:
     """Whether no JAX transformation is under way in this thread."""
     return current_trace() is TOP_LEVEL
-
-
-_RUN_AT_ONCE = (
-    "scan",
-    "while_cond",
-    "while_body",
-    "fori_loop",
-    "cond",
-    "switch",
-    "checkpoint / remat",
-)
-
-
-def runs_at_once() -> bool:
-    """Whether what is being traced is the body of a raw `jax.lax.scan`, `cond`,
-    `jax.checkpoint`, … that nobody compiles for later: no raw `jax.jit` is around it.
-
-    Both make jaxprs, and JAX has no function that tells them apart. A trace that makes a
-    jaxpr knows what it is made for, and which trace it is in; this looks at both. Where a
-    version of JAX names these otherwise the answer is no, and a State that is read there
-    raises, as it does in a raw `jax.jit`.
-    """
-    trace, found = current_trace(), False
-    while trace is not None and trace is not TOP_LEVEL:
-        frame = getattr(trace, "frame", None)  # of a trace that makes a jaxpr
-        if frame is not None:
-            purpose = getattr(getattr(frame, "debug_info", None), "traced_for", None)
-            if purpose not in _RUN_AT_ONCE:
-                return False
-            found = True
-        trace = getattr(trace, "parent_trace", None)
-    return found and trace is TOP_LEVEL
 
 
 def jit_disabled() -> bool:
@@ -110,11 +79,26 @@ def define_primitive(
     return primitive
 
 
+_PROBE_AVAL = jax.typeof(np.zeros((), np.bool_))
+_trace_probe_p = define_primitive(
+    "trace_probe",
+    lambda: [_PROBE_AVAL],
+    lambda: [np.zeros((), np.bool_)],
+    lambda ctx: mlir.ir_constants(np.zeros((), np.bool_)),
+)
+
+
+def makes_jaxpr() -> bool:
+    """Whether a transform that makes a jaxpr is under way (jit, scan, …)."""
+    (probe,) = _trace_probe_p.bind()
+    return isinstance(probe, Tracer)
+
+
 def close(jaxpr: Any, consts: Sequence[Any]) -> jec.ClosedJaxpr:
     return jec.ClosedJaxpr(jaxpr, list(consts))
 
 
-# Changing a user context makes JAX's trace caches miss: see `_frame.stale_traces`.
+# Changing a user context makes JAX's trace caches miss: see `frame.stale_traces`.
 # `make_user_context` must not run beside other JAX calls, so it runs at import.
 trace_generation = jax.make_user_context(0)
 

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._errors import StateTypeError, StateValueError, lesson
-from ._state import State
-from ._structure import Structure
+from ._errors import StateTypeError, StateValueError, message
+from ._state.state import State
+from ._state.structure import Structure
 
 
 class Rng(State[jax.Array]):
@@ -107,7 +107,7 @@ class Rng(State[jax.Array]):
         key = self.value
         if key.ndim:
             raise StateValueError(
-                lesson(
+                message(
                     f"a key was drawn from {self._cell.describe()}, which holds an array "
                     f"of keys of shape {key.shape}.",
                     "it holds a key for every lane of a mapped function, and there is no "
@@ -160,7 +160,7 @@ def _as_key(given: Any, impl: str | None) -> jax.Array:
         if given.shape == ():  # type: ignore[union-attr]
             return jax.random.key(given, impl=impl)
         raise StateTypeError(
-            lesson(
+            message(
                 f"a key of the old kind (an array {dtype}{list(jnp.shape(given))}) was "
                 "given to Rng.",
                 "such a key is an array like any other: nothing keeps it from being "
@@ -170,7 +170,7 @@ def _as_key(given: Any, impl: str | None) -> jax.Array:
             )
         )
     raise StateTypeError(
-        lesson(
+        message(
             f"Rng was given {given!r}, which is no seed and no key.",
             "the stream of keys starts from an integer or from a key.",
             "`sf.Rng(0)` or `sf.Rng(jax.random.key(0))`.",

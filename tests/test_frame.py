@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 import statefun as sf
-from statefun import _cell, _frame
-from statefun._frame import Overlay, TracedFrame, nested, transaction
+from statefun._state import access, cell as _cell
+from statefun._trace.frame import Overlay, TracedFrame, nested, transaction
 
 
 def in_thread(function: Callable[[], Any]) -> Any:
@@ -423,7 +423,7 @@ def test_frames_drawn_at_random_are_transactions(program):
     transaction(lambda: on_states(*program))
     expected = on_dict(dict.fromkeys(range(3), 0), *program)
     assert {i: s.value.item() for i, s in enumerate(states)} == expected
-    assert _frame.local.frame is None
+    assert access.local.frame is None
 
 
 # -- reads inside raw transforms ----------------------------------------------------

@@ -17,15 +17,14 @@ import pytest
 from hypothesis import given, strategies as st
 
 import statefun as sf
-from statefun._structure import (
+from statefun._state.static import static_key, treedef_key
+from statefun._state.structure import (
     ARRAY,
     LEAF,
     flat_of,
     flatten,
     leaves_of,
-    static_key,
     strengthen,
-    treedef_key,
 )
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import statefun as sf
-from statefun import _cell
+from statefun._state import cell as _cell
 
 
 def here() -> str:

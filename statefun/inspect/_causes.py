@@ -11,13 +11,14 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
-from .. import _frame
-from .._args import Signature, Static
-from .._cache import Record, trace_context
-from .._cell import UNSET, Cell, Value
-from .._entry import Entry
-from .._state import State
-from .._structure import ARRAY, Structure, leaves_of, static_key
+from .._call.args import Signature, Static
+from .._call.cache import Record, trace_context
+from .._call.entry import Entry
+from .._state import access
+from .._state.cell import UNSET, Cell, Value
+from .._state.state import State
+from .._state.static import static_key
+from .._state.structure import ARRAY, Structure, leaves_of
 from ._names import Captured, Parameters
 
 Kind = Literal[
@@ -114,7 +115,7 @@ class Present:
         return self._captured.states.get(cell) or cell.name or cell.describe()
 
     def current(self, cell: Cell) -> Value:
-        return self.known.get(cell) or _frame.current(cell)
+        return self.known.get(cell) or access.current(cell)
 
     def distance(self, entry: Entry, record: Record) -> int:
         """About how many differences there are to an earlier trace, found out fast."""

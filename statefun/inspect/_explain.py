@@ -10,16 +10,17 @@ import jax
 import jax.extend.core as jec
 import jax.tree_util as jtu
 
-from .._args import Static
-from .._cache import Record
-from .._call import Caller
-from .._cell import Cell
-from .._compiled import Options
-from .._entry import Entry
-from .._function import StatefulFunction, name_of
-from .._program import Argument, Program, Reference
-from .._state import State
-from .._structure import ARRAY, Structure
+from .._call.args import Static
+from .._call.cache import Record
+from .._call.call import Caller
+from .._call.compiled import Options
+from .._call.entry import Entry
+from .._call.function import StatefulFunction, name_of
+from .._state.cell import Cell
+from .._state.state import State
+from .._state.structure import ARRAY, Structure
+from .._trace.program import Program
+from .._trace.result import Argument, Reference
 from ..ir import OPTIMIZATIONS, optimize_jaxpr
 from ..transforms import Jitted
 from ._boxes import box_of, count

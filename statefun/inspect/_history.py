@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
-from .._cache import Record
-from .._call import Caller
-from .._entry import Traces
-from .._structure import leaves_of
+from .._call.cache import Record
+from .._call.call import Caller
+from .._call.entry import Traces
+from .._state.structure import leaves_of
 from ._causes import Cause, Present
 
 KEPT = 100

@@ -8,9 +8,9 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from .._call import Caller
-from .._entry import Traces
-from .._errors import lesson
+from .._call.call import Caller
+from .._call.entry import Traces
+from .._errors import message
 from ._history import History, Retrace, history_of
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -56,7 +56,7 @@ def check_limits(traces: Traces, history: History, retrace: Retrace) -> None:
 
 def _beyond(limit: int, retrace: Retrace) -> TraceLimitError:
     return TraceLimitError(
-        lesson(
+        message(
             f"{retrace.function} would be traced more than {limit} "
             f"time{'' if limit == 1 else 's'}: {retrace.cause}.",
             "`statefun.max_traces` forbids it: each trace costs the time to trace and "

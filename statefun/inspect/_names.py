@@ -16,9 +16,9 @@ from typing import Any
 import equinox as eqx
 import jax.tree_util as jtu
 
-from .. import _frame
-from .._cell import UNSET, Cell
-from .._state import State
+from .._state import access
+from .._state.cell import UNSET, Cell
+from .._state.state import State
 
 
 class Parameters:
@@ -86,7 +86,7 @@ class Captured:
     def _look(self, name: str, thing: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(thing, State):
             self.states.setdefault(thing._cell, name)
-            flat, structure = _frame.current(thing._cell)
+            flat, structure = access.current(thing._cell)
             if flat is not UNSET:
                 yield from _leaves(f"{name}.value", structure.unflatten(flat))
         elif eqx.is_array(thing):

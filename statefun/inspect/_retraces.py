@@ -10,10 +10,10 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .. import _entry
-from .._cache import Record
-from .._cell import Cell, Value
-from .._entry import Entry, Observer, Traces
+from .._call import entry as _entry
+from .._call.cache import Record
+from .._call.entry import Entry, Observer, Traces
+from .._state.cell import Cell, Value
 from ._causes import Cause, Kind, Present
 from ._history import KEPT, Ghost, Retrace, Silent, history_of
 from ._limits import check_limits

@@ -10,7 +10,7 @@ import numpy as np
 
 from .._compat import Tracer
 from .._promotion import library_promotion
-from .._state import State
+from .._state.state import State
 
 
 @runtime_checkable

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
-from .. import _frame
-from .._errors import lesson
-from .._state import State
+from .._errors import message
+from .._state.state import State
+from .._trace import frame as _frame
 
 
 class Mean(eqx.Module):
@@ -90,7 +90,7 @@ class Mean(eqx.Module):
             return lax.psum(sums, self.axis_name)
         except NameError as error:
             raise NameError(
-                lesson(
+                message(
                     f"a metric was updated outside of its mapped axes {self.axis_name!r}: "
                     f"{error}.",
                     "it sums over the lanes of these axes.",

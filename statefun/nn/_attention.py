@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from .._errors import lesson
-from .._state import State
+from .._errors import message
+from .._state.state import State
 
 
 def _attend(query: Array, keys: Array, values: Array, seen: Array) -> Array:
@@ -188,7 +188,7 @@ class KVCache(eqx.Module):
         if x.ndim != n + 2 or x.shape[:n] != self.batch_shape:
             shape = ", ".join(map(str, (*self.batch_shape, "tokens", "size")))
             raise ValueError(
-                lesson(
+                message(
                     f"KVCache was given an array of shape {x.shape}, but takes ({shape}).",
                     "every example of the batch has a place in the cache.",
                     "`KVCache(attention, max_length, batch_shape=…)`; a single token has "

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from .._errors import lesson
-from .._state import State
+from .._errors import message
+from .._state.state import State
 
 
 class BatchNorm(eqx.Module):
@@ -184,7 +184,7 @@ class BatchNorm(eqx.Module):
         values = math.prod(y.shape[i] for i in axes) * self._mapped_size()
         if values <= 1:
             raise ValueError(
-                lesson(
+                message(
                     f"BatchNorm was given {'a batch of one' if values else 'no batch'} "
                     f"in training, and so {'one' if values else 'no'} value for each "
                     "channel.",
@@ -208,7 +208,7 @@ class BatchNorm(eqx.Module):
                 v = lax.pmean(v, name)
             except AssertionError as error:  # JAX doesn't say more
                 raise NotImplementedError(
-                    lesson(
+                    message(
                         f"JAX can't take the mean over the mapped axis {name!r} here.",
                         "a mean over an axis of `filter_vmap` inside of a `shard_map` "
                         "fails in JAX while `shard_map` keeps track of what varies.",
@@ -224,7 +224,7 @@ class BatchNorm(eqx.Module):
             return math.prod(lax.axis_size(name) for name in self.axis_name)
         except NameError as error:
             raise NameError(
-                lesson(
+                message(
                     f"BatchNorm was called outside of its mapped axes {self.axis_name}: "
                     f"{error}.",
                     "the mean is taken over the lanes of these axes.",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from .._errors import lesson
+from .._errors import message
 from .._rng import Rng
 
 
@@ -74,7 +74,7 @@ class Dropout(eqx.Module):
         if key is None:
             if self.rng is None:
                 raise RuntimeError(
-                    lesson(
+                    message(
                         "Dropout was called in training without a key.",
                         "it has no Rng to draw one from.",
                         "`Dropout(p, rng=sf.Rng(0))`, or `dropout(x, key=…)`.",

@@ -8,9 +8,9 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .. import _frame
-from .._cell import Cell
-from .._state import Param, State
+from .._state.cell import Cell
+from .._state.state import Param, State
+from .._trace import frame as _frame
 
 T = TypeVar("T")
 

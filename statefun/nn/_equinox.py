@@ -7,8 +7,8 @@ from typing import Any
 import equinox as eqx
 import jax.tree_util as jtu
 
-from .._errors import lesson
-from .._state import State
+from .._errors import message
+from .._state.state import State
 
 
 class FromEquinox(eqx.Module):
@@ -42,7 +42,7 @@ class FromEquinox(eqx.Module):
             out = self.model(*args, **{self.state_argname: given}, **kwargs)
         if not isinstance(out, tuple) or not isinstance(out[-1], eqx.nn.State):
             raise TypeError(
-                lesson(
+                message(
                     f"{type(self.model).__name__} did not return its state.",
                     "a model that threads `equinox.nn.State` returns a tuple with the new "
                     "state as its last item.",
@@ -126,7 +126,7 @@ def to_equinox(module: Any) -> tuple[Any, eqx.nn.State]:
         module = module.value
     if not isinstance(module, FromEquinox):
         raise TypeError(
-            lesson(
+            message(
                 f"`to_equinox` was given a {type(module).__name__}.",
                 "there is an Equinox state to give back only for what `from_equinox` made.",
                 "pass that module, or the Param that holds it. `sf.freeze(tree)` makes "

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax.tree_util as jtu
 
-from .. import _frame
-from .._cell import UNSET
-from .._state import State
+from .._state import access
+from .._state.cell import UNSET
+from .._state.state import State
 
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ def _mentions_flags(state: State) -> bool:
     The value is looked at without a read: States that a function only looks for flags in
     must not become inputs of it.
     """
-    flat, structure = _frame.current(state._cell)
+    flat, structure = access.current(state._cell)
     value = state.value if flat is UNSET else structure.unflatten(flat)
     return _has_flags(value) or any(
         _mentions_flags(leaf)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool
 
-from .._errors import lesson
-from .._state import State
+from .._errors import message
+from .._state.state import State
 
 
 class Recurrent(eqx.Module):
@@ -88,7 +88,7 @@ class Recurrent(eqx.Module):
         n = len(self.batch_shape)
         if x.shape[:n] != self.batch_shape or x.ndim != n + 1:
             raise ValueError(
-                lesson(
+                message(
                     f"Recurrent was given an input of shape {x.shape}, but takes "
                     f"({', '.join(map(str, (*self.batch_shape, 'input_size')))}).",
                     "every example of the batch has a hidden state of its own, and a "

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from .._state import State
+from .._state.state import State
 
 L = TypeVar("L")
 

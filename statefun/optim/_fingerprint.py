@@ -22,7 +22,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._compat import Tracer
-from .._structure import _Identity, static_key, treedef_key
+from .._state.static import _Identity, static_key, treedef_key
 
 _LARGE = 1 << 20  # bytes; such an array is not read back from its device to compare it
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._errors import StateValueError, lesson
-from .._state import State
+from .._errors import StateValueError, message
+from .._state.state import State
 
 
 def _is_injected(x: Any) -> bool:
@@ -73,7 +73,7 @@ class Hyperparams(Mapping[str, jax.Array]):
         path, name, state = self._at(key)
         if name in getattr(state, "hyperparams_states", {}):
             raise StateValueError(
-                lesson(
+                message(
                     f"the hyperparameter {key!r} was assigned, but a schedule sets it.",
                     "the schedule is evaluated at every update, and the assigned value "
                     "would be overwritten.",

@@ -10,9 +10,9 @@ import equinox as eqx
 import jax.numpy as jnp
 import optax
 
-from .. import _frame
 from .._promotion import library_promotion, present_promotion, promotion
-from .._state import State
+from .._state.state import State
+from .._trace import frame as _frame
 from ._fingerprint import SameWork
 from ._hyperparams import Hyperparams
 from ._trained import Trained

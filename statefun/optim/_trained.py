@@ -8,11 +8,11 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
-from .._cell import Cell
-from .._errors import StateTypeError, StateValueError, lesson
-from .._state import Param, State
-from .._structure import flatten
-from .._tree import _children, _first_difference, states
+from .._errors import StateTypeError, StateValueError, message
+from .._state.cell import Cell
+from .._state.state import Param, State
+from .._state.structure import flatten
+from .._state.tree import _children, _first_difference, states
 
 
 class Trained:
@@ -47,7 +47,7 @@ class Trained:
                 raise _hidden(path, state)
         if not self._cells:
             raise StateTypeError(
-                lesson(
+                message(
                     "Optimizer was given a `wrt` without any Param in it.",
                     "an optimizer writes the Params that it finds there; plain arrays "
                     "and other States are left alone.",
@@ -136,7 +136,7 @@ def _check_shapes(path: str, like: Any, part: Any) -> None:
 def _misfit(path: str, why: str) -> StateValueError:
     at = f"first at `{path}`" if path else "at its root"
     return StateValueError(
-        lesson(
+        message(
             f"the gradients given to `update` don't fit what the optimizer trains, {at}.",
             f"{why}.",
             "take them with respect to what the optimizer was given: "
@@ -147,7 +147,7 @@ def _misfit(path: str, why: str) -> StateValueError:
 
 def _hidden(path: str, state: State) -> StateTypeError:
     return StateTypeError(
-        lesson(
+        message(
             f"Optimizer was given `{path}`, a Param inside the value of another State.",
             "gradients are taken of the values of the States in a tree, and States in "
             "those values are not differentiated: this Param would stay as it is.",

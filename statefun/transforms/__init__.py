@@ -30,10 +30,10 @@ from ._loops import (
     scan as scan,
     while_loop as while_loop,
 )
-from ._shape import (
+from ._shard_map import shard_map as shard_map
+from ._tracing import (
     filter_closure_convert as filter_closure_convert,
     filter_eval_shape as filter_eval_shape,
     filter_make_jaxpr as filter_make_jaxpr,
 )
-from ._shard_map import shard_map as shard_map
 from ._vmap import filter_vmap as filter_vmap

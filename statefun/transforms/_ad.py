@@ -8,16 +8,16 @@ from typing import Any
 import equinox as eqx
 import jax.tree_util as jtu
 
-from .._program import unpack
-from .._state import Param, State
-from ._thread import (
+from .._state.state import Param, State
+from .._trace.result import unpack
+from ._twin import (
     Opened,
     Wrapper,
     close_states,
     is_opened,
     only_states,
     open_states,
-    threaded,
+    run_pure,
     transaction,
     values_at,
 )
@@ -70,12 +70,12 @@ def filter_jvp(
 
         def inner(*args: Any) -> Any:
             args, inside = close_states(args, states)
-            return threaded(lambda: fn(*args, **kwargs), inside)
+            return run_pure(lambda: fn(*args, **kwargs), inside)
 
         (out, written), (tangents_out, _) = eqx.filter_jvp(
             inner, opened, opened_tangents
         )
-        written.hand_over()
+        written.write()
         return unpack(out), tangents_out
 
     return transaction(run)
@@ -122,12 +122,12 @@ def filter_vjp(fun: Callable[..., Any], *primals: Any, has_aux: bool = False) ->
 
         def inner(*args: Any) -> Any:
             args, inside = close_states(args, states)
-            out, written = threaded(lambda: fun(*args), inside)
+            out, written = run_pure(lambda: fun(*args), inside)
             out, aux = out if has_aux else (out, None)
             return out, (aux, written)
 
         out, vjp_fn, (aux, written) = eqx.filter_vjp(inner, *opened, has_aux=True)
-        written.hand_over()
+        written.write()
         pull = lambda *cotangents: values_at(vjp_fn(*cotangents))  # noqa: E731
         return (out, pull, unpack(aux)) if has_aux else (unpack(out), pull)
 
@@ -157,7 +157,7 @@ def differentiable(
     def inner(diff: Any, *rest: Any) -> Any:
         closed, inside = close_states(diff, states)
         head = (closed,) if wrt is None else ()
-        out, written = threaded(lambda: fun(*head, *rest, **kwargs), inside)
+        out, written = run_pure(lambda: fun(*head, *rest, **kwargs), inside)
         out, aux = out if has_aux else (out, None)
         return out, (aux, written)
 
@@ -184,7 +184,7 @@ class _Jacobian(Wrapper):
             self._fun, self._has_aux, self._wrt, args, kwargs
         )
         jacobian, (aux, written) = self._transform(inner, has_aux=True)(diff, *rest)
-        written.hand_over()
+        written.write()
         jacobian = values_at(jacobian)
         return (jacobian, unpack(aux)) if self._has_aux else jacobian
 

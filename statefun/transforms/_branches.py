@@ -9,14 +9,16 @@ import jax
 import jax.tree_util as jtu
 from jax import lax
 
-from .. import _frame
-from .._cell import Cell, Value, Values
-from .._errors import StateValueError, lesson
-from .._program import OutTree, Program, Reference
-from .._structure import ARRAY, LEAF, Structure, leaves_of, static_key
+from .._errors import StateValueError, message
+from .._state import access
+from .._state.cell import Cell, Value, Values
+from .._state.static import static_key
+from .._state.structure import ARRAY, LEAF, Structure, leaves_of
+from .._trace.program import Program
+from .._trace.result import OutTree, Reference
 from ._carry import as_arrays
 from ._eager import answering_for, compiled_when_eager
-from ._thread import note_checks, split_arrays, trace_body, values_of
+from ._twin import note_checks, split_arrays, trace_body, values_of
 
 
 class _Branches:
@@ -59,7 +61,7 @@ class _Branches:
     def finish(self, out: Any) -> Any:
         """Writes the States; the result."""
         leaves, written = out
-        _frame.write(written)
+        access.write(written)
         return self.programs[0].out.build(leaves)
 
     def _check_results(self, name: str) -> None:
@@ -86,7 +88,7 @@ class _Branches:
             for other, t, more in others:
                 if s is not t or _types(avals) != _types(more):
                     raise StateValueError(
-                        lesson(
+                        message(
                             f"the branches of `{name}` leave different values in "
                             f"{cell.describe()}: {who} has {_describe(s, avals)} and "
                             f"{other} {_describe(t, more)}.",

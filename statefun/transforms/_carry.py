@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 
-from .. import _frame
-from .._cell import Values
-from .._program import Program
-from .._structure import static_key, treedef_key
-from ._thread import (
+from .._state import access
+from .._state.cell import Values
+from .._state.static import static_key, treedef_key
+from .._trace.program import Program
+from ._twin import (
     note_checks,
     split_arrays,
     trace_body,
@@ -160,6 +160,6 @@ class Loop:
     def finish(self, loop: Any, beside: Sequence[Any] = ()) -> tuple[Any, Any]:
         """Writes the States; the final carry, and what the body returned beside it."""
         arrays, written = loop
-        _frame.write(written)
+        access.write(written)
         _, out = self.program.out.build([*arrays, *beside])
         return self.carry.build(arrays), out

@@ -8,8 +8,8 @@ from typing import Any
 import equinox as eqx
 from jax.experimental import checkify as jax_checkify
 
-from .. import _frame
-from ._thread import Wrapper, split_arrays, trace_body, values_of
+from .._state import access
+from ._twin import Wrapper, split_arrays, trace_body, values_of
 
 
 class _Checkified(Wrapper):
@@ -31,7 +31,7 @@ class _Checkified(Wrapper):
         error, (leaves, new) = jax_checkify.checkify(program.__call__, self._errors)(
             arrays, values_of(program.reads), list(program.consts)
         )
-        _frame.write(new)
+        access.write(new)
         return error, program.out.build(leaves)
 
 

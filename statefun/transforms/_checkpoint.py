@@ -9,8 +9,8 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from .. import _frame
-from ._thread import (
+from .._state import access
+from ._twin import (
     Wrapper,
     note_checks,
     split_arrays,
@@ -42,7 +42,7 @@ class _Checkpoint(Wrapper):
             program.__call__, prevent_cse=self._prevent_cse, policy=self._policy
         )
         leaves, writes = pure(arrays, values, list(program.consts))
-        _frame.write(writes)
+        access.write(writes)
         return program.out.build(leaves)
 
 

@@ -25,17 +25,18 @@ import jax
 import jax.tree_util as jtu
 from jax.custom_derivatives import SymbolicZero
 
-from .. import _frame
-from .._cell import Cell, Value, Values
 from .._compat import Tracer
-from .._errors import StateTraceError, lesson
-from .._frame import TracedFrame
-from .._program import Program, unpack
-from .._structure import Structure, leaves_of
-from ._thread import (
-    Written,
+from .._errors import StateTraceError, message
+from .._state import access
+from .._state.cell import Cell, Value, Values
+from .._state.structure import Structure, leaves_of
+from .._trace.frame import TracedFrame
+from .._trace.program import Program
+from .._trace.result import unpack
+from ._twin import (
+    Updates,
+    run_pure,
     split_arrays,
-    threaded,
     trace_body,
     transaction,
     values_of,
@@ -70,7 +71,7 @@ class CustomDerivative:
 
     def attempt(
         self, touched: Touched, fn: Callable[..., Any], args: tuple, kwargs: dict
-    ) -> tuple[Any, Written]:
+    ) -> tuple[Any, Updates]:
         """Hands JAX the function and its rules: the result, and what was written.
 
         **Arguments:**
@@ -92,7 +93,7 @@ class CustomDerivative:
             lambda: self.attempt(touched, fn, args, kwargs),
             lambda: self._ahead(args, kwargs),
         )
-        written.hand_over()
+        written.write()
         return unpack(out)
 
     def _ahead(self, args: tuple, kwargs: dict) -> tuple[Program | None, ...]:
@@ -112,18 +113,18 @@ def _replay(program: Program, /, *args: Any, **kwargs: Any) -> Any:
     """What the function did when it was traced, without running it again."""
     arrays, _ = split_arrays((args, kwargs))
     leaves, new = program(arrays, values_of(program.reads))
-    _frame.write(new)
+    access.write(new)
     return program.out.build(leaves)
 
 
 def _in_a_jaxpr() -> bool:
     """Whether what runs now goes into a jaxpr, which may be differentiated later."""
-    frame = _frame.local.frame
+    frame = access.local.frame
     while frame is not None:
         if isinstance(frame, TracedFrame):
             return True
         frame = frame.parent
-    return _frame._in_jaxpr_trace()
+    return _compat.makes_jaxpr()
 
 
 class _Ahead(threading.local):
@@ -219,9 +220,9 @@ class Touched:
         """What the States hold, as arguments that must not be differentiated."""
         return _not_differentiated(self._name, self._values)
 
-    def run(self, run: Callable[[], Any], inside: Values) -> tuple[Any, Written]:
+    def run(self, run: Callable[[], Any], inside: Values) -> tuple[Any, Updates]:
         """Runs the function or a rule: its result, and what the States hold then."""
-        out, written = threaded(run, inside, view=self._meet, sealed=not self._open)
+        out, written = run_pure(run, inside, view=self._meet, sealed=not self._open)
         new = written.without(written.created).values
         late = [c for c in new if c not in self._written]
         if late and not self._open:
@@ -229,7 +230,7 @@ class Touched:
         # The same States whether function or rule runs: what is not written stays.
         held = {**inside, **new}
         kept = Values((c, held[c]) for c in dict.fromkeys([*self._written, *new]))
-        return out, Written(kept, frozenset(), self._checks or written.checks)
+        return out, Updates(kept, frozenset(), self._checks or written.checks)
 
     def _meet(self, cell: Cell, value: Value) -> Value:
         if not self._open:
@@ -241,7 +242,7 @@ class Touched:
 
 def too_late(name: str, cell: Cell, what: str) -> StateTraceError:
     return StateTraceError(
-        lesson(
+        message(
             f"a rule of the custom derivative of {name} {what} "
             f"{cell.describe()}, which the function does not.",
             "JAX may run a rule long after the call, when its results can no longer "
@@ -268,7 +269,7 @@ def _not_differentiated(name: str, values: Values) -> Values:
             leaves = jtu.tree_leaves(tangent, is_leaf=_is_zero)
             if not all(map(_is_zero, leaves)):
                 raise StateTraceError(
-                    lesson(
+                    message(
                         f"{cell.describe()} is read in {name}, which has a custom "
                         "derivative, and was differentiated.",
                         "the rule gives derivatives for the function's arguments only; "

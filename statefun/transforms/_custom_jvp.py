@@ -8,9 +8,9 @@ from typing import Any
 import equinox as eqx
 import jax.tree_util as jtu
 
-from .._cell import Values
+from .._state.cell import Values
 from ._custom import CustomDerivative, Touched
-from ._thread import Written
+from ._twin import Updates
 
 
 class filter_custom_jvp(CustomDerivative):
@@ -76,7 +76,7 @@ class filter_custom_jvp(CustomDerivative):
 
     def attempt(
         self, touched: Touched, fn: Callable[..., Any], args: tuple, kwargs: dict
-    ) -> tuple[Any, Written]:
+    ) -> tuple[Any, Updates]:
         def pure(values: Values, /, *args: Any, **kwargs: Any) -> Any:
             return touched.run(lambda: fn(*args, **kwargs), values)
 

@@ -9,11 +9,11 @@ import equinox as eqx
 import jax.tree_util as jtu
 from jax import lax
 
-from .. import _frame
-from .._cell import Cell, Value, Values
-from .._program import unpack
+from .._state import access
+from .._state.cell import Cell, Value, Values
+from .._trace.result import unpack
 from ._custom import CustomDerivative, Touched, ahead, too_late
-from ._thread import Written, split_arrays, threaded, values_of
+from ._twin import Updates, run_pure, split_arrays, values_of
 
 
 class filter_custom_vjp(CustomDerivative):
@@ -92,7 +92,7 @@ class filter_custom_vjp(CustomDerivative):
             return self._backward(residuals, grad, perturbed, args, kwargs)
 
         program = ahead(self, "backward", back, arrays)
-        frame = _frame.local.frame
+        frame = access.local.frame
         assert frame is not None, "a rule runs under a frame"
         cells = frame.order if program is None else program.reads
         # New States travel with the residuals.
@@ -107,7 +107,7 @@ class filter_custom_vjp(CustomDerivative):
 
     def attempt(
         self, touched: Touched, fn: Callable[..., Any], args: tuple, kwargs: dict
-    ) -> tuple[Any, Written]:
+    ) -> tuple[Any, Updates]:
         def pure(vjp_arg: Any, /, values: Values, args: tuple, kwargs: dict) -> Any:
             return touched.run(lambda: fn(vjp_arg, *args, **kwargs), values)
 
@@ -154,7 +154,7 @@ def _backward_with(name: str, saved: Values, run: Callable[[], Any]) -> Any:
     def unknown(cell: Cell, _: Value) -> Value:
         raise too_late(name, cell, "read")
 
-    out, written = threaded(run, saved, view=unknown, sealed=True)
+    out, written = run_pure(run, saved, view=unknown, sealed=True)
     for cell in written.without(written.created).values:
         raise too_late(name, cell, "wrote")
     return out

@@ -6,11 +6,12 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from .. import _entry
-from .._call import Caller
+from .._call import entry as _entry
+from .._call.call import Caller
+from .._call.compiled import Options
 from .._compat import at_top_level, jit_disabled
-from .._compiled import Options
-from .._frame import local, transaction
+from .._state.access import local
+from .._trace.frame import transaction
 
 F = TypeVar("F", bound=Callable[..., Any])
 

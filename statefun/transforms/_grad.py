@@ -8,9 +8,9 @@ from typing import Any
 
 import equinox as eqx
 
-from .._program import unpack
+from .._trace.result import unpack
 from ._ad import differentiable
-from ._thread import Wrapper, values_at
+from ._twin import Wrapper, values_at
 
 
 class _ValueAndGrad(Wrapper):
@@ -35,7 +35,7 @@ class _ValueAndGrad(Wrapper):
         )
         transform = eqx.filter_value_and_grad(inner, has_aux=True, **self._gradkwargs)
         (loss, (aux, written)), grad = transform(diff, *rest)
-        written.hand_over()
+        written.write()
         grad = values_at(grad)
         return ((loss, unpack(aux)) if self._has_aux else loss), grad
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, ove
 
 from jax.experimental.checkify import check_error, user_checks
 
-from .._call import AheadOfTime, Fast
-from .._frame import transaction
-from .._function import StatefulFunction
+from .._call.call import AheadOfTime, Fast
+from .._call.function import StatefulFunction
+from .._trace.frame import transaction
 from ._checkify import checkify as checkified
 
 P = ParamSpec("P")

@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 
-from .._cell import Cell
 from .._compat import Tracer
-from .._errors import StateTraceError, lesson
+from .._errors import StateTraceError, message
+from .._state.cell import Cell
 from ._carry import Carry, Loop, as_arrays, element
 from ._eager import answering_for, compiled_when_eager
 from ._progress import with_progress
-from ._thread import (
+from ._twin import (
     note_checks,
+    run_pure,
     split_arrays,
-    threaded,
     trace_body,
     transaction,
     values_of,
@@ -340,7 +340,7 @@ def while_loop(
 
 def only_reads(who: str, cell: Cell) -> StateTraceError:
     return StateTraceError(
-        lesson(
+        message(
             f"the {who} wrote to {cell.describe()}.",
             "how often, and in what order, it runs is not defined.",
             "write the State outside of it.",
@@ -376,7 +376,7 @@ def associative_scan(
     arrays, build = split_arrays(elems)
 
     def combine(a: list, b: list) -> list:
-        out, written = threaded(lambda: fn(build(a), build(b)))
+        out, written = run_pure(lambda: fn(build(a), build(b)))
         if written.values:
             raise only_reads(
                 "function of `associative_scan`", next(iter(written.values))

@@ -12,19 +12,19 @@ import equinox as eqx
 import jax
 from jax.sharding import PartitionSpec
 
-from .._args import spread_prefix
-from .._cell import Cell, Value, Values
+from .._call.args import spread_prefix
 from .._compat import varying_axes
-from .._errors import StateTraceError, lesson
-from .._program import unpack
-from .._structure import leaves_of
+from .._errors import StateTraceError, message
+from .._state.cell import Cell, Value, Values
+from .._state.structure import leaves_of
+from .._trace.result import unpack
 from ._state_axes import reachable, rule
-from ._thread import (
+from ._twin import (
     Lanes,
+    Updates,
     Wrapper,
-    Written,
+    run_pure,
     split_arrays,
-    threaded,
     transaction,
     values_of,
 )
@@ -92,7 +92,7 @@ class _ShardMap(Wrapper):
             return lanes.view(cell, value)
 
         def inner(pieces: Values, *arrays: Any) -> Any:
-            out, written = threaded(
+            out, written = run_pure(
                 lambda: self._fun(*build(arrays)), pieces, keeps=True, view=view
             )
             written, seen["advanced"] = lanes.take_out(written.without(written.created))
@@ -117,7 +117,7 @@ class _ShardMap(Wrapper):
         mapped = jax.shard_map(inner, out_specs=(self._out_specs, specs), **options)
         dynamic, groups = mapped(values, *arrays)
         written = Values(pair for group in groups for pair in group.items())
-        Written(written, frozenset(), seen["checks"]).hand_over()
+        Updates(written, frozenset(), seen["checks"]).write()
         lanes.advance(seen["advanced"])
         return unpack(eqx.combine(dynamic, seen["static"]))
 
@@ -142,7 +142,7 @@ def _check_shared(cell: Cell, value: Value) -> None:
     """Refuses a value that differs between devices, for a State that is replicated."""
     if any(map(varying_axes, leaves_of(*value))):
         raise StateTraceError(
-            lesson(
+            message(
                 "inside `shard_map` a value that differs between devices was written to "
                 f"{cell.describe()}.",
                 "the State is replicated: all devices hold the same value.",

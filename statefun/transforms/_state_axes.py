@@ -8,8 +8,8 @@ from typing import Any
 
 import jax.tree_util as jtu
 
-from .._cell import Cell
-from .._state import State
+from .._state.cell import Cell
+from .._state.state import State
 
 
 def rule(spec: Any, is_whole: Callable[[Any], bool]) -> Callable[[State], Any]:

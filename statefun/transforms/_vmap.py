@@ -13,13 +13,13 @@ import numpy as np
 from jax import lax
 
 from .. import _compat
-from .._cell import Cell, Value, Values
-from .._errors import StateTraceError, lesson
-from .._program import unpack
-from .._state import is_state
-from .._structure import flat_of, leaves_of
+from .._errors import StateTraceError, message
+from .._state.cell import Cell, Value, Values
+from .._state.state import is_state
+from .._state.structure import flat_of, leaves_of
+from .._trace.result import unpack
 from ._state_axes import reachable, rule
-from ._thread import Lanes, Wrapper, threaded, values_of
+from ._twin import Lanes, Wrapper, run_pure, values_of
 
 # `eqx.if_array` makes a rule that looks at each leaf; one is enough.
 _ARRAYS_ALONG_0 = eqx.if_array(0)
@@ -90,7 +90,7 @@ class _Vmap(Wrapper):
 
         def inner(lane_number: Any, pieces: Values, args: tuple, kwargs: dict) -> Any:
             number.append(lane_number)
-            out, written = threaded(
+            out, written = run_pure(
                 lambda: self._fun(*args, **kwargs), pieces, view=lane
             )
             number.clear()  # a tracer must not outlive its trace
@@ -115,7 +115,7 @@ class _Vmap(Wrapper):
         # NumPy: it costs nothing where it isn't used.
         numbers = 0 if size is None else np.arange(size, dtype=np.int32)
         out, written = vmapped(numbers, pieces, args, kwargs)
-        written.hand_over()
+        written.write()
         lanes.advance(seen["advanced"])
         return unpack(out)
 
@@ -171,7 +171,7 @@ def _check_shared(written: Values, axes: list[int | None], outside: Any) -> None
     if differing:
         cell = arrays[min(differing)][0]
         raise StateTraceError(
-            lesson(
+            message(
                 f"inside `filter_vmap` a value that differs along the mapped axis was "
                 f"written to {cell.describe()}.",
                 "the State is shared by all lanes, and can hold one value.",

@@ -14,8 +14,8 @@ from typing import Any
 
 import jax.tree_util as jtu
 
-from ._errors import StateTraceError, lesson
-from ._structure import Structure
+from .._errors import StateTraceError, message
+from .structure import Structure
 
 UNSET: Any = type("Unset", (), {"__repr__": lambda self: "<no value>"})()
 """The committed value of a State that was created inside a trace, until that ends."""
@@ -102,7 +102,7 @@ def committed(cell: Cell) -> Value:
         flat, structure = cell.flat, cell.structure
     if flat is UNSET:
         raise StateTraceError(
-            lesson(
+            message(
                 f"{cell.describe()} has no value.",
                 "it was created inside a traced function and was not returned by it, so "
                 "its value ended with the trace.",

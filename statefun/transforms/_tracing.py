@@ -10,15 +10,16 @@ import jax
 import jax.extend.core as jec
 import jax.numpy as jnp
 
-from .. import _frame
-from .._cell import Value
-from .._program import unpack
-from .._structure import flatten, static_key, treedef_key
-from ._thread import (
+from .._state import access
+from .._state.cell import Value
+from .._state.static import static_key, treedef_key
+from .._state.structure import flatten
+from .._trace.result import unpack
+from ._twin import (
     Wrapper,
     note_checks,
+    run_pure,
     split_arrays,
-    threaded,
     trace_body,
     transaction,
     values_of,
@@ -50,7 +51,7 @@ def filter_eval_shape(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 
     def inner(*args: Any, **kwargs: Any) -> Any:
         run = lambda: fun(*args, **kwargs)  # noqa: E731
-        return threaded(run, keeps=True, view=_materialise)[0]
+        return run_pure(run, keeps=True, view=_materialise)[0]
 
     return transaction(lambda: unpack(eqx.filter_eval_shape(inner, *args, **kwargs)))
 
@@ -81,7 +82,7 @@ class _MakeJaxpr(Wrapper):
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         def inner(*args: Any, **kwargs: Any) -> Any:
-            return threaded(lambda: self._fun(*args, **kwargs), keeps=True)[0]
+            return run_pure(lambda: self._fun(*args, **kwargs), keeps=True)[0]
 
         return transaction(lambda: eqx.filter_make_jaxpr(inner)(*args, **kwargs))
 
@@ -138,7 +139,7 @@ class _Converted(Wrapper):
         note_checks(self.program)
         values = values_of(self.program.reads)
         leaves, writes = self.program(arrays, values, self.consts)
-        _frame.write(writes)
+        access.write(writes)
         return self.program.out.build(leaves)
 
 

@@ -10,11 +10,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 
-from . import _compat
-from ._cell import Cell
-from ._compat import eval_context, jit_disabled
-from ._program import Program
-from ._state import State
+from .. import _compat
+from .._compat import eval_context, jit_disabled
+from .._state.cell import Cell
+from .._state.state import State
+from .._trace.program import Program
 
 
 class CacheKey(NamedTuple):
@@ -65,7 +65,7 @@ class Record:
         self.context = context
         self.n_out = program.n_out
         self.out = program.out
-        # How `_call.Fast` makes the result: it is None, or the first array, or built.
+        # How `call.Fast` makes the result: it is None, or the first array, or built.
         self.finish = 0 if program.out.is_none else 1 if program.out.is_array else 2
         self.tick = 0
         self.filed = False

@@ -12,19 +12,13 @@ from typing import Any, TypeVar
 import jax
 import jax.tree_util as jtu
 
-from . import _frame
-from ._cell import Cell, Value
-from ._errors import StateValueError, lesson
-from ._state import State
-from ._structure import (
-    ARRAY,
-    Structure,
-    flatten,
-    leaves_of,
-    normalise,
-    same,
-    static_key,
-)
+from .._errors import StateValueError, message
+from . import access
+from .cell import Cell, Value
+from .numbers import normalise
+from .state import State
+from .static import static_key
+from .structure import ARRAY, Structure, flatten, leaves_of, same
 
 T = TypeVar("T")
 
@@ -177,7 +171,7 @@ def update(tree: Any, values: Any) -> None:
                     "one State stands in both places and can hold one value.",
                 )
         writes[cell], given[cell] = (flat, structure), path
-    _frame.write(writes)
+    access.write(writes)
 
 
 def _pair(tree: Any, values: Any, path: str) -> Iterator[tuple[str, State, Any]]:
@@ -188,7 +182,7 @@ def _pair(tree: Any, values: Any, path: str) -> Iterator[tuple[str, State, Any]]
                 yield from _pair_state(here, leaf, part)
         elif part is not None and not _unchanged(leaf, part):
             raise StateValueError(
-                lesson(
+                message(
                     f"the values given to `update` change `{here}`, which is no State.",
                     "a leaf outside of the States can't be written: the change would "
                     "be lost.",
@@ -227,7 +221,7 @@ def _zip(tree: Any, values: Any, path: str) -> list[tuple[str, Any, Any]]:
         parts = jtu.tree_structure(tree).flatten_up_to(values)
     except (ValueError, TypeError) as error:
         raise StateValueError(
-            lesson(
+            message(
                 "the values given to `update` have another structure than the tree, "
                 f"first at `{path + _first_difference(tree, values)}`.",
                 f"{error}",
@@ -280,7 +274,7 @@ def _children(tree: Any) -> dict[str, Any] | None:
 
 def _fitting(path: str, cell: Cell, value: Any) -> Value:
     """The value, flat, if it has the structure, shapes and dtypes of the present one."""
-    old_flat, old = _frame.read(cell)
+    old_flat, old = access.read(cell)
     try:
         flat, structure = flatten(normalise(value, lambda: old.unflatten(old_flat)))
     except TypeError as error:
@@ -310,7 +304,7 @@ def _fitting(path: str, cell: Cell, value: Any) -> Value:
 
 def _misfit(path: str, cell: Cell, what: str, why: str) -> StateValueError:
     return StateValueError(
-        lesson(
+        message(
             f"`update` was given{f', at `{path}`,' if path else ''} a value that does "
             f"not fit {cell.describe()}: {what}.",
             why,

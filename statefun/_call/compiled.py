@@ -12,12 +12,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ._args import spread_prefix
-from ._cache import Record
-from ._cell import Cell, shared
-from ._compat import jit_disabled
-from ._program import OutTree
-from ._structure import ARRAY, Structure
+from .._compat import jit_disabled
+from .._state.cell import Cell, shared
+from .._state.structure import ARRAY, Structure
+from .._trace.result import OutTree
+from .args import spread_prefix
+from .cache import Record
 
 
 class Options(NamedTuple):
@@ -90,7 +90,7 @@ class Compiled:
         self.records: dict[int, Record] = {}
         self.epoch = -1  # of `shared.structures`, when the structures last fitted
 
-        # Whether nothing goes in but dynamic leaves and States, see `_call.Fast`.
+        # Whether nothing goes in but dynamic leaves and States, see `call.Fast`.
         self.simple = not (
             inputs.consts
             or inputs.donated

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from . import _frame
-from ._cache import Record
-from ._cell import Cell, commit, lock, shared, turn, wait_for
-from ._compiled import Compiled, Restart
-from ._entry import Elsewhere, Entry, cells_of
-from ._frame import local
-from ._lessons import foreign_write
-from ._state import State
+from .._errors import foreign_write
+from .._state import access
+from .._state.access import local
+from .._state.cell import Cell, commit, lock, shared, turn, wait_for
+from .._state.state import State
+from .cache import Record
+from .compiled import Compiled, Restart
+from .entry import Elsewhere, Entry, cells_of
 
 
 def run_at_top(
@@ -87,15 +87,15 @@ def run_in_trace(entry: Entry, dynamic: Sequence[Any], states: Sequence[State]) 
     if states and entry.aliases(states):
         raise Elsewhere
     program = record.program
-    _frame.touch(cells_of(entry.targets(program.order), states))
+    access.touch(cells_of(entry.targets(program.order), states))
     if program.closed_over_tracers:  # it belongs to the trace around, and goes with it
         cells = cells_of(entry.targets(program.reads), states)
-        values = dict(zip(program.reads, map(_frame.read, cells), strict=True))
+        values = dict(zip(program.reads, map(access.read, cells), strict=True))
         leaves, new = program(dynamic, values)
         _write(record, cells_of(record.targets, states), [v for v, _ in new.values()])
         return record.out.build(leaves, states)
     compiled = entry.compile_in_trace(record)
-    flats = [_frame.read(cell)[0] for cell in cells_of(compiled.targets, states)]
+    flats = [access.read(cell)[0] for cell in cells_of(compiled.targets, states)]
     # Plain `jax.jit`: the outermost call looks after runtime checks.
     out = compiled.jit(*compiled.arguments(dynamic, flats))
     record, leaves, written = compiled.taken_apart(out)
@@ -111,4 +111,4 @@ def _write(record: Record, targets: Sequence[Cell], written: Sequence[Any]) -> N
     elif targets:
         raise foreign_write(targets[0])
     values = zip(written, record.structures, strict=True)
-    _frame.write(dict(zip(targets, values, strict=True)))
+    access.write(dict(zip(targets, values, strict=True)))

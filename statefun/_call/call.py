@@ -24,21 +24,17 @@ from typing import Any
 
 import jax
 
-from . import _args, _frame, _program
-from ._cell import commit, lock, shared
-from ._compat import (
-    TOP_LEVEL,
-    array_class,
-    at_top_level,
-    find_top_trace,
-    jit_disabled,
-)
-from ._compiled import Eager, Options, Restart
-from ._entry import Elsewhere, Entry, Traces, cells_of
-from ._errors import StateTraceError, lesson
-from ._frame import local
-from ._run import run_at_top, run_in_trace
-from ._state import State
+from .._compat import TOP_LEVEL, array_class, at_top_level, find_top_trace, jit_disabled
+from .._errors import StateTraceError, message
+from .._state import access
+from .._state.access import local
+from .._state.cell import commit, lock, shared
+from .._state.state import State
+from .._trace import frame as _frame, result
+from . import args as _args
+from .compiled import Eager, Options, Restart
+from .entry import Elsewhere, Entry, Traces, cells_of
+from .run import run_at_top, run_in_trace
 
 
 class Caller(Traces):
@@ -73,7 +69,7 @@ class Caller(Traces):
 
         def run() -> Any:
             out = self.fun(*args, **kwargs)
-            _program.refuse_bare_state(out, "returned")
+            result.refuse_bare_state(out, "returned")
             return out
 
         return _frame.transaction(lambda: _frame.nested(run))
@@ -204,7 +200,7 @@ class AheadOfTime:
             with self._entry.about(states):
                 compiled = self._entry.current or self._entry.prepare(dynamic, states)
                 cells = cells_of(compiled.targets, states)
-                values = [_frame.read(cell) for cell in cells]
+                values = [access.read(cell) for cell in cells]
                 if tuple(s for _, s in values) != compiled.structures:
                     self._entry.variant(states)
                     continue
@@ -222,7 +218,7 @@ class AheadOfTime:
     def run(self, executable: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         if local.frame is not None or not at_top_level():
             raise StateTraceError(
-                lesson(
+                message(
                     f"{self._caller.options.name}, compiled ahead of time, was called "
                     "inside a transform.",
                     "an executable can't be traced.",

@@ -15,12 +15,13 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
-from ._cell import Cell
-from ._compat import array_class
-from ._errors import lesson
-from ._program import Reference, refuse_bare_state
-from ._state import State
-from ._structure import ARRAY, TreeDef, is_identity, static_key, treedef_key
+from .._compat import array_class
+from .._errors import message
+from .._state.cell import Cell
+from .._state.state import State
+from .._state.static import TreeDef, is_identity, static_key, treedef_key
+from .._state.structure import ARRAY
+from .._trace.result import Reference, refuse_bare_state
 
 
 class Static:
@@ -33,7 +34,7 @@ class Static:
         self.key = static_key(value)
         if is_identity(self.key):
             raise TypeError(
-                lesson(
+                message(
                     f"the static argument {label} can't be hashed: it is a "
                     f"{type(value).__name__}.",
                     "a static argument is part of the key under which the traced "
@@ -234,7 +235,7 @@ def _unhashable(leaves: Sequence[Any], treedef: Any, index: int) -> TypeError:
     paths = jtu.tree_leaves_with_path(treedef.unflatten(range(len(leaves))))
     leaf = leaves[index]
     return TypeError(
-        lesson(
+        message(
             f"the argument `{_argument_path(paths[index][0])}` can't be hashed: it is a "
             f"{type(leaf).__name__}.",
             "everything that is no array is static, and part of the key under which the "

@@ -1,11 +1,11 @@
-"""Cells, and what a trace has done to them so far.
+"""Frames: what one trace has read and written so far.
 
-A `Cell` is the storage of a State: its committed value, flat. While JAX traces a
-function, nothing is written there. Each trace has a *frame*, an overlay that remembers
-what the function has read and written; reads look in the frame first, then in its
-parents, then at the committed value. When a transform ends well it hands the writes of
-its frame on, to the parent frame or, at the top, to the cells; when the function raises
-the frame is dropped, and since nothing was changed nothing has to be restored.
+While JAX traces a function nothing is written to a State's cell. Each trace has a
+*frame*, an overlay that remembers what the function has read and written; reads look in
+the frame first, then in its parents, then at the committed value. When a transform ends
+well it hands the writes of its frame on, to the parent frame or, at the top, to the
+cells; when the function raises, the frame is dropped, and since nothing was changed
+nothing has to be restored.
 
 There are two kinds. An `Overlay` belongs to a trace that runs the function on values
 (grad, vmap, jvp): a read takes the parent's value. A `TracedFrame` belongs to a trace
@@ -13,44 +13,41 @@ that makes a jaxpr (jit, scan, cond): the first read of a State becomes an equat
 
     a:f32[3] b:f32[] = state_read[index=0 avals=(f32[3], f32[])]
 
-which `_program.lift` takes out again, making `a` and `b` inputs of the jaxpr. This is
+which `program.lift` takes out again, making `a` and `b` inputs of the jaxpr. This is
 how one trace finds out which States there are.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.tree_util as jtu
-import numpy as np
 
-from . import _compat
-from ._cell import UNSET, Cell, Value, commit, committed, lock, shared
-from ._compat import Tracer
-from ._errors import StateTraceError, lesson
-from ._late import look_up_at_run_time
-from ._lessons import foreign_creation, foreign_read, foreign_write, mutated
-from ._structure import Structure, flat_of, leaves_of
-
-
-class _Local(threading.local):
-    frame: Frame | None = None
-
-
-local = _Local()
-
+from .. import _compat
+from .._compat import Tracer
+from .._errors import (
+    StateTraceError,
+    foreign_creation,
+    foreign_read,
+    foreign_write,
+    message,
+    mutated,
+)
+from .._state.access import current, local, read_inside_raw_transform
+from .._state.cell import UNSET, Cell, Value, commit, committed, lock, shared
+from .._state.structure import Structure, flat_of, leaves_of
+from .stale import forget_inner_traces, state_probe_p, trace_context
 
 # -- primitives ---------------------------------------------------------------------
 
 
 def _escaped(*_args: Any, **_params: Any) -> Any:
     raise StateTraceError(
-        lesson(
+        message(
             "A State was read inside a JAX transformation that statefun does not see.",
             "the read was recorded in a jaxpr that outlived the trace it belongs to.",
             "use the transform of the same name from statefun.",
@@ -62,14 +59,6 @@ state_read_p = _compat.define_primitive(
     "state_read", lambda *, index, avals: list(avals), _escaped, _escaped
 )
 # The avals are parameters because JAX caches abstract evaluation by the parameters.
-
-_PROBE_AVAL = jax.typeof(np.zeros((), np.bool_))
-state_probe_p = _compat.define_primitive(
-    "state_probe",
-    lambda *, token: [_PROBE_AVAL],
-    lambda *, token: [np.zeros((), np.bool_)],
-    lambda ctx, *, token: _compat.mlir.ir_constants(np.zeros((), np.bool_)),
-)
 
 
 # -- frames -------------------------------------------------------------------------
@@ -184,7 +173,7 @@ class Frame:
         """
         keeper = self._keeper()
         if keeper is None:
-            if _in_jaxpr_trace():
+            if _compat.makes_jaxpr():
                 raise foreign_read(cell)
         else:
             keeper.kept.add(cell)
@@ -257,7 +246,7 @@ class Overlay(Frame):
         if self._top:
             return committed(cell)
         with _compat.in_trace(self._trace):
-            return _from_within(cell)
+            return read_inside_raw_transform(cell)
 
 
 class TracedFrame(Frame):
@@ -292,83 +281,7 @@ class TracedFrame(Frame):
         super().__exit__(kind, *rest)
 
 
-# -- what a State does with its cell ------------------------------------------------
-
-
-def value_of(cell: Cell) -> Any:
-    if local.frame is not None:
-        return local.frame.value(cell)
-    flat, structure = read(cell)
-    return structure.unflatten(flat)
-
-
-_INNERMOST: Any = object()
-
-
-def current(cell: Cell, frame: Frame | None = _INNERMOST) -> Value:
-    """The value as it stands in a frame, without counting as a read."""
-    if frame is _INNERMOST:
-        frame = local.frame
-    while frame is not None:
-        found = frame.writes.get(cell) or frame.reads.get(cell) or frame.known.get(cell)
-        if found is not None:
-            return found
-        frame = frame.parent
-    with lock:  # the two are of one commit
-        return cell.flat, cell.structure
-
-
-def has_value(cell: Cell) -> bool:
-    """False for a State that was created inside a trace and has outlived it."""
-    return current(cell)[0] is not UNSET
-
-
-def touch(cells: Iterable[Cell]) -> None:
-    """Notes the order in which a call is going to access States."""
-    if local.frame is not None:
-        for cell in cells:
-            local.frame.order.setdefault(cell)
-
-
-def check_write(cell: Cell) -> None:
-    """Raises if a write would have to."""
-    frame = local.frame
-    if not (_compat.at_top_level() if frame is None else frame.is_current()):
-        raise foreign_write(cell)
-
-
-def read(cell: Cell) -> Value:
-    if local.frame is not None:
-        return local.frame.read(cell)
-    return committed(cell) if _compat.at_top_level() else _from_within(cell)
-
-
-def _from_within(cell: Cell) -> Value:
-    """The value inside raw transforms, with no frame around them."""
-    if not _in_jaxpr_trace():
-        return committed(cell)
-    if not _compat.runs_at_once():
-        raise foreign_read(cell)
-    return look_up_at_run_time(cell)
-
-
-def _in_jaxpr_trace() -> bool:
-    """Whether a raw transform that makes a jaxpr is under way (jit, scan, …)."""
-    (probe,) = state_probe_p.bind(token=0)
-    return isinstance(probe, Tracer)
-
-
-def write(writes: Mapping[Cell, Value]) -> None:
-    """Writes to the current frame, or commits where there is none."""
-    frame = local.frame
-    if frame is not None:
-        for cell, (flat, structure) in writes.items():
-            frame.write(cell, flat, structure)
-        return
-    if writes and not _compat.at_top_level():
-        raise foreign_write(next(iter(writes)))
-    commit(writes, {})
-
+# -- running in a frame --------------------------------------------------------------
 
 R = TypeVar("R")
 
@@ -431,44 +344,3 @@ def _run_in(frame: Frame, outer: Frame, run: Callable[[], R]) -> R:
     for cell, value in writes.items():
         (outer.create if cell in created else outer.write)(cell, *value)
     return out
-
-
-def create(cell: Cell, flat: Any, structure: Structure) -> None:
-    if local.frame is not None:
-        local.frame.create(cell, flat, structure)
-        return
-    if any(isinstance(x, Tracer) for x in leaves_of(flat, structure)):
-        raise foreign_creation(cell)
-    cell.flat, cell.structure = flat, structure
-
-
-# -- stale traces -------------------------------------------------------------------
-
-
-def forget_inner_traces() -> None:
-    """Makes JAX forget the traces of raw transforms that have kept a State's value.
-
-    JAX caches the jaxpr that a raw `lax.scan` or `jax.jit` made of its body. If the body
-    read a State, its value, a tracer, is kept in there: used again after a write it is
-    the old value, and in another trace it is another trace's tracer. From now on what is
-    traced in this thread is traced under a new value of a user context, which is part of
-    the keys of JAX's caches.
-    """
-    with lock:
-        shared.generation += 1
-    frame = local.frame
-    keeper = None if frame is None else frame._keeper()
-    if keeper is not None:
-        keeper._contexts.enter_context(trace_context())
-
-
-def trace_context() -> Any:
-    """Context manager under which a program is traced."""
-    frame = local.frame
-    while frame is not None:
-        if frame.kept:
-            with lock:
-                shared.generation += 1
-            break
-        frame = frame.parent
-    return _compat.trace_generation(shared.generation)

@@ -2,7 +2,7 @@
 
 There are two ways, one for each kind of transform.
 
-*On values* (grad, vmap, jvp, vjp, shard_map): `Threaded` makes of the user's function one
+*On values* (grad, vmap, jvp, vjp, shard_map): `run_pure` makes of the user's function one
 that runs under an overlay and returns the values of the States it has written beside its
 result. The transform treats them as any other output; what comes out is handed on.
 
@@ -25,13 +25,15 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
-from .. import _frame, _program
-from .._cell import Cell, Value, Values
-from .._errors import StateValueError, lesson
-from .._frame import Overlay, transaction as transaction
-from .._program import Program, pack, refuse_bare_state
-from .._state import State
-from .._structure import flatten, leaves_of
+from .._errors import StateValueError, message
+from .._state import access
+from .._state.cell import Cell, Value, Values
+from .._state.state import State
+from .._state.structure import flatten, leaves_of
+from .._trace import program as _program
+from .._trace.frame import Overlay, transaction as transaction
+from .._trace.program import Program
+from .._trace.result import pack, refuse_bare_state
 
 # -- on values ----------------------------------------------------------------------
 
@@ -41,43 +43,43 @@ from .._structure import flatten, leaves_of
     jtu.register_dataclass, data_fields=["values"], meta_fields=["created", "checks"]
 )
 @dataclasses.dataclass(frozen=True)
-class Written:
+class Updates:
     """The values of the States that a function has written, on their way out."""
 
     values: Values
     created: frozenset[Cell]
     checks: bool
 
-    def without(self, cells: Container[Cell]) -> Written:
+    def without(self, cells: Container[Cell]) -> Updates:
         """Less some States."""
         kept = Values((c, v) for c, v in self.values.items() if c not in cells)
-        return Written(
+        return Updates(
             kept, frozenset(c for c in self.created if c in kept), self.checks
         )
 
-    def hand_over(self) -> None:
+    def write(self) -> None:
         """Passes the values to the frame around the transform."""
-        frame = _frame.local.frame
+        frame = access.local.frame
         assert frame is not None, "a twin runs in a transaction"
         frame.checks |= self.checks
         for cell, value in self.values.items():
             (frame.create if cell in self.created else frame.write)(cell, *value)
 
 
-def threaded(
+def run_pure(
     run: Callable[[], Any],
     inside: Mapping[Cell, Value] | None = None,
     keeps: bool = False,
     view: Callable[[Cell, Value], Value] | None = None,
     sealed: bool = False,
-) -> tuple[Any, Written]:
+) -> tuple[Any, Updates]:
     """Runs a function inside a JAX transform.
 
     **Arguments:**
 
     - `run`: the user's function with its arguments.
     - `inside`: what States hold in there, where it differs from outside.
-    - `keeps`, `view`, `sealed`: see `_frame.Overlay`.
+    - `keeps`, `view`, `sealed`: see `frame.Overlay`.
 
     **Returns:** the result, its new States packed, and what was written.
     """
@@ -85,7 +87,7 @@ def threaded(
         out = run()
         refuse_bare_state(out, "returned")
         out = pack(out, frame.created)
-        written = Written(Values(frame.writes), frozenset(frame.created), frame.checks)
+        written = Updates(Values(frame.writes), frozenset(frame.created), frame.checks)
     return out, written
 
 
@@ -115,7 +117,7 @@ def open_states(
         if cell in states:
             return Opened(None, cell)
         states[cell] = leaf
-        flat, structure = _frame.read(cell)
+        flat, structure = access.read(cell)
         return Opened(structure.unflatten(flat), cell)
 
     return jtu.tree_map(replace, tree), states
@@ -179,7 +181,7 @@ class Lanes:
         flat, structure = value
         return in_lane(flat, structure, self._index(), self._size), structure
 
-    def take_out(self, written: Written) -> tuple[Written, list[Cell]]:
+    def take_out(self, written: Updates) -> tuple[Updates, list[Cell]]:
         """What was written less these States, and those of them that were written."""
         mine = [cell for cell in written.values if cell in self._split]
         return written.without(mine), mine
@@ -188,8 +190,8 @@ class Lanes:
         """Writes what the States hold after the lanes."""
         for cell in cells:
             after = cell.kind._after_lanes
-            flat, structure = _frame.read(cell)
-            _frame.write({cell: (after(flat, structure, self._size), structure)})
+            flat, structure = access.read(cell)
+            access.write({cell: (after(flat, structure, self._size), structure)})
 
 
 # -- by program ---------------------------------------------------------------------
@@ -216,12 +218,12 @@ def trace_body(run: Callable[..., Any], dynamic: Sequence[Any]) -> Program:
 
 def values_of(cells: Iterable[Cell]) -> Values:
     """What the States hold, as reads of the frame around the transform."""
-    return Values((cell, _frame.read(cell)) for cell in cells)
+    return Values((cell, access.read(cell)) for cell in cells)
 
 
 def note_checks(*programs: Program) -> None:
     """Tells the frame around the transform of callbacks that may fail."""
-    frame = _frame.local.frame
+    frame = access.local.frame
     assert frame is not None, "a twin runs in a transaction"
     frame.checks |= any(p.may_fail for p in programs)
 
@@ -243,7 +245,7 @@ def unchanged_types(name: str, program: Program, values: Mapping[Cell, Value]) -
         else:
             continue
         raise StateValueError(
-            lesson(
+            message(
                 f"the body of `{name}` wrote {what} to {cell.describe()}.",
                 "every iteration runs the same compiled code, so what a State holds must "
                 "keep its structure, shapes and dtypes.",

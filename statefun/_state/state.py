@@ -11,10 +11,12 @@ from typing import Any, ClassVar, Generic, TypeVar
 import equinox as eqx
 import jax
 
-from . import _errors, _frame
-from ._cell import UNSET, Cell, Value
-from ._errors import StateTypeError, lesson
-from ._structure import Structure, flatten, leaves_of, normalise
+from .. import _errors
+from .._errors import StateTypeError, message
+from . import access
+from .cell import UNSET, Cell, Value
+from .numbers import normalise
+from .structure import Structure, flatten, leaves_of
 
 T = TypeVar("T")
 
@@ -88,36 +90,36 @@ class State(Generic[T]):
     def _attach(self, flat: Any, structure: Any, name: str | None, where: str) -> None:
         cell = Cell(type(self), name, where)
         cell.handle = weakref.ref(self)
-        _frame.create(cell, flat, structure)
+        access.create(cell, flat, structure)
         self._cell = cell
 
     @property
     def value(self) -> T:
         """The value, put together from the current arrays."""
-        return _frame.value_of(self._cell)
+        return access.value_of(self._cell)
 
     @value.setter
     def value(self, value: T) -> None:
         cell = self._cell
         _refuse_state(value, cell.describe())
-        _frame.check_write(cell)
+        access.check_write(cell)
 
         def present() -> Any:
             # A number takes the dtype that the State has: then the State is read, too.
-            return _frame.value_of(cell) if _frame.has_value(cell) else None
+            return access.value_of(cell) if access.has_value(cell) else None
 
         try:
             flat, structure = flatten(normalise(value, present))
         except TypeError as error:
             raise StateTypeError(
-                lesson(
+                message(
                     f"a value of the wrong type was written to {cell.describe()}: {error}.",
                     "a Python number that is written takes the dtype of the array it "
                     "replaces, and must not lose its value by it.",
                     "write an array of the dtype that you want: `jnp.asarray(value)`.",
                 )
             ) from error
-        _frame.write({cell: (flat, structure)})
+        access.write({cell: (flat, structure)})
 
     @property
     def name(self) -> str | None:
@@ -129,7 +131,7 @@ class State(Generic[T]):
 
     def __hash__(self) -> int:
         raise StateTypeError(
-            lesson(
+            message(
                 f"{self._cell.describe()} was hashed.",
                 "a State can't be hashed, on purpose: `eqx.filter_jit` and "
                 "`jax.jit(static_argnums=…)` would take it for a static value and freeze "
@@ -140,7 +142,7 @@ class State(Generic[T]):
         )
 
     def __repr__(self) -> str:
-        flat, structure = _frame.current(self._cell)
+        flat, structure = access.current(self._cell)
         name = f"name={self.name!r}, " if self.name is not None else ""
         return f"{type(self).__name__}({name}{_summary(flat, structure)})"
 
@@ -148,10 +150,10 @@ class State(Generic[T]):
     # so a State that occurs twice stays one.
 
     def __copy__(self) -> State[T]:
-        return self._like(_frame.read(self._cell))
+        return self._like(access.read(self._cell))
 
     def __deepcopy__(self, memo: dict) -> State[T]:
-        flat, structure = _frame.read(self._cell)
+        flat, structure = access.read(self._cell)
         shell = self._shell()
         new = memo[id(self)] = shell._bare()
         value = flatten(copy.deepcopy(structure.unflatten(flat), memo))
@@ -176,7 +178,7 @@ class State(Generic[T]):
         return self._shell().state(*value)
 
     def __reduce__(self) -> Any:
-        flat, structure = _frame.read(self._cell)
+        flat, structure = access.read(self._cell)
         return _unpickle, (self._shell(), structure.unflatten(flat))
 
 
@@ -203,7 +205,7 @@ class Param(State[T]):
 def _refuse_state(value: Any, owner: str) -> None:
     if isinstance(value, State):
         raise StateTypeError(
-            lesson(
+            message(
                 f"{value._cell.describe()} was given to {owner} as its value.",
                 "a State whose whole value is another State would have two `.value`s, "
                 "one of them a State.",

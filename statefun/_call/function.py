@@ -10,16 +10,20 @@ import jax
 import jax.extend.core as jec
 import jax.tree_util as jtu
 
-from . import _compat, _entry, _frame
-from ._cache import CacheKey, Record
-from ._call import Caller, Fast
-from ._cell import Cell
-from ._compiled import Options
-from ._errors import StateValueError, lesson
-from ._program import Program
-from ._state import State
-from ._structure import Structure, TreeDef, flatten, leaves_of, normalise
-from .ir import normalize_optimizations
+from .. import _compat
+from .._errors import StateValueError, message
+from .._state import access
+from .._state.cell import Cell
+from .._state.numbers import normalise
+from .._state.state import State
+from .._state.static import TreeDef
+from .._state.structure import Structure, flatten, leaves_of
+from .._trace.program import Program
+from ..ir import normalize_optimizations
+from . import entry as _entry
+from .cache import CacheKey, Record
+from .call import Caller, Fast
+from .compiled import Options
 
 
 class StateTrace(NamedTuple):
@@ -469,7 +473,7 @@ def _check_values(
         problem = program.misfit(cell, flat, given)
         if problem:
             raise StateValueError(
-                lesson(
+                message(
                     f"state_vals has a value for {cell.describe()} that doesn't fit: "
                     f"{problem}.",
                     "the jaxpr was traced for values of one structure, shape and dtype.",
@@ -487,7 +491,7 @@ def _misfits(record: Record, states: Sequence[State | None]) -> list[str]:
         if state is None:
             problems.append(f"{cell.describe()} is gone")
         elif cell in record.program.reads:
-            problem = record.program.misfit(cell, *_frame.current(state._cell))
+            problem = record.program.misfit(cell, *access.current(state._cell))
             if problem:
                 problems.append(f"{cell.describe()}: {problem}")
     return problems

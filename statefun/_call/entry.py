@@ -12,15 +12,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from . import _args, _frame, _program
-from ._cache import CacheKey, Record, Records, TracingLock, trace_context
-from ._cell import Cell, Value
-from ._compat import Tracer
-from ._compiled import Compiled, Inputs, Options
-from ._errors import StateValueError, lesson
-from ._state import State
-from ._structure import leaves_of, treedef_key
-from .ir import optimize_jaxpr
+from .._compat import Tracer
+from .._errors import StateValueError, message
+from .._state import access
+from .._state.cell import Cell, Value
+from .._state.state import State
+from .._state.static import treedef_key
+from .._state.structure import leaves_of
+from .._trace import program as _program
+from ..ir import optimize_jaxpr
+from . import args as _args
+from .cache import CacheKey, Record, Records, TracingLock, trace_context
+from .compiled import Compiled, Inputs, Options
 
 
 class Elsewhere(Exception):
@@ -61,7 +64,7 @@ class Traces:
         self.options = options
         self.records = Records()
         self.entries: dict[Any, Entry] = {}
-        # For calls with nothing but arrays, by how many there are: see `_call.Fast`.
+        # For calls with nothing but arrays, by how many there are: see `call.Fast`.
         self.fast: dict[int, Compiled] = {}
         self.tracing = TracingLock()
         self.history: Any = None  # of its traces: the observer's
@@ -161,7 +164,7 @@ class Entry:
             else np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
             for x in dynamic
         )
-        known = {c: _frame.current(states[i]._cell) for c, i in self.arg_cells.items()}
+        known = {c: access.current(states[i]._cell) for c, i in self.arg_cells.items()}
         with self.traces.tracing(), self.about(states):
             record = self._find(dynamic, known)
             if record is not None:
@@ -180,7 +183,7 @@ class Entry:
                 program.in_avals == avals
                 and record.context is context
                 and all(
-                    _fits(known.get(cell) or _frame.current(cell), structure, avals)
+                    _fits(known.get(cell) or access.current(cell), structure, avals)
                     for cell, structure, avals in program.reads_with_avals()
                 )
             ):
@@ -291,10 +294,10 @@ class Entry:
         """The `Compiled` for the present structures of the States; built if new."""
         if fixed is not None:
             cells = cells_of(fixed.targets, states)
-            present = [_frame.current(cell)[1] for cell in cells]
+            present = [access.current(cell)[1] for cell in cells]
             misfits = zip(cells, present, fixed.structures, strict=True)
             raise StateValueError(
-                lesson(
+                message(
                     "a function compiled ahead of time was called with a State of "
                     "another structure: "
                     + ", ".join(c.describe() for c, s, t in misfits if s is not t),
@@ -308,7 +311,7 @@ class Entry:
             targets = self.targets(self.inputs)
             # Without waiting for a donating call to give a State back: that call may be
             # waiting to trace, and a State that is lent keeps its structure.
-            structures = tuple(_frame.current(c)[1] for c in cells_of(targets, states))
+            structures = tuple(access.current(c)[1] for c in cells_of(targets, states))
             compiled = self._variants.get(structures)
             if compiled is None:
                 compiled = self._compile(targets, structures)

@@ -1,0 +1,1 @@
+"""What happens when a traced function is called: see `call` for the way of a call."""

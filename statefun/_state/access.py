@@ -1,0 +1,105 @@
+"""What a State does with its cell: in the frame of the trace under way, if there is one.
+
+`local.frame` is the innermost frame of this thread (see `_trace.frame`). With no frame a
+State reads and writes its committed value.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .. import _compat
+from .._compat import Tracer
+from .._errors import foreign_creation, foreign_read, foreign_write
+from .cell import UNSET, Cell, Value, commit, committed, lock
+from .structure import Structure, leaves_of
+
+if TYPE_CHECKING:
+    from .._trace.frame import Frame
+
+
+class _Local(threading.local):
+    frame: Frame | None = None
+
+
+local = _Local()
+
+
+def value_of(cell: Cell) -> Any:
+    if local.frame is not None:
+        return local.frame.value(cell)
+    flat, structure = read(cell)
+    return structure.unflatten(flat)
+
+
+_INNERMOST: Any = object()
+
+
+def current(cell: Cell, frame: Frame | None = _INNERMOST) -> Value:
+    """The value as it stands in a frame, without counting as a read."""
+    if frame is _INNERMOST:
+        frame = local.frame
+    while frame is not None:
+        found = frame.writes.get(cell) or frame.reads.get(cell) or frame.known.get(cell)
+        if found is not None:
+            return found
+        frame = frame.parent
+    with lock:  # the two are of one commit
+        return cell.flat, cell.structure
+
+
+def has_value(cell: Cell) -> bool:
+    """False for a State that was created inside a trace and has outlived it."""
+    return current(cell)[0] is not UNSET
+
+
+def touch(cells: Iterable[Cell]) -> None:
+    """Notes the order in which a call is going to access States."""
+    if local.frame is not None:
+        for cell in cells:
+            local.frame.order.setdefault(cell)
+
+
+def check_write(cell: Cell) -> None:
+    """Raises if a write would have to."""
+    frame = local.frame
+    if not (_compat.at_top_level() if frame is None else frame.is_current()):
+        raise foreign_write(cell)
+
+
+def read(cell: Cell) -> Value:
+    if local.frame is not None:
+        return local.frame.read(cell)
+    return (
+        committed(cell) if _compat.at_top_level() else read_inside_raw_transform(cell)
+    )
+
+
+def read_inside_raw_transform(cell: Cell) -> Value:
+    """The value inside raw transforms, with no frame around them."""
+    if _compat.makes_jaxpr():
+        raise foreign_read(cell)
+    return committed(cell)
+
+
+def write(writes: Mapping[Cell, Value]) -> None:
+    """Writes to the current frame, or commits where there is none."""
+    frame = local.frame
+    if frame is not None:
+        for cell, (flat, structure) in writes.items():
+            frame.write(cell, flat, structure)
+        return
+    if writes and not _compat.at_top_level():
+        raise foreign_write(next(iter(writes)))
+    commit(writes, {})
+
+
+def create(cell: Cell, flat: Any, structure: Structure) -> None:
+    if local.frame is not None:
+        local.frame.create(cell, flat, structure)
+        return
+    if any(isinstance(x, Tracer) for x in leaves_of(flat, structure)):
+        raise foreign_creation(cell)
+    cell.flat, cell.structure = flat, structure

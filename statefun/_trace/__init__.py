@@ -1,0 +1,7 @@
+"""What a trace sees of States.
+
+- `frame`: what one trace has read and written so far.
+- `stale`: what raw transforms keep of a State, and how that is kept from being used.
+- `result`, `program`: a function's result taken apart, and the pure function that a
+  trace leaves behind.
+"""

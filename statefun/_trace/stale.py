@@ -1,0 +1,49 @@
+"""What raw transforms have kept of a State, and how it is kept from being used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from .. import _compat
+from .._state.access import local
+from .._state.cell import lock, shared
+
+_PROBE_AVAL = jax.typeof(np.zeros((), np.bool_))
+state_probe_p = _compat.define_primitive(
+    "state_probe",
+    lambda *, token: [_PROBE_AVAL],
+    lambda *, token: [np.zeros((), np.bool_)],
+    lambda ctx, *, token: _compat.mlir.ir_constants(np.zeros((), np.bool_)),
+)
+
+
+def forget_inner_traces() -> None:
+    """Makes JAX forget the traces of raw transforms that have kept a State's value.
+
+    JAX caches the jaxpr that a raw `lax.scan` or `jax.jit` made of its body. If the body
+    read a State, its value, a tracer, is kept in there: used again after a write it is
+    the old value, and in another trace it is another trace's tracer. From now on what is
+    traced in this thread is traced under a new value of a user context, which is part of
+    the keys of JAX's caches.
+    """
+    with lock:
+        shared.generation += 1
+    frame = local.frame
+    keeper = None if frame is None else frame._keeper()
+    if keeper is not None:
+        keeper._contexts.enter_context(trace_context())
+
+
+def trace_context() -> Any:
+    """Context manager under which a program is traced."""
+    frame = local.frame
+    while frame is not None:
+        if frame.kept:
+            with lock:
+                shared.generation += 1
+            break
+        frame = frame.parent
+    return _compat.trace_generation(shared.generation)
