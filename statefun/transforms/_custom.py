@@ -25,6 +25,7 @@ import jax
 import jax.tree_util as jtu
 from jax.custom_derivatives import SymbolicZero
 
+from .. import _compat
 from .._compat import Tracer
 from .._errors import StateTraceError, message
 from .._state import access

@@ -586,7 +586,7 @@ def test_a_hit_tells_the_observer_nothing(monkeypatch):
         def __getattr__(self, name):
             raise AssertionError(f"{name} was called")
 
-    monkeypatch.setattr("statefun._entry.observer", Forbidden())
+    monkeypatch.setattr("statefun._call.entry.observer", Forbidden())
     fn(jnp.ones(3))
     fn(x=1) if False else fn(jnp.zeros(3))
 
