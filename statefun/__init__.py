@@ -3,12 +3,12 @@
 from typing import TYPE_CHECKING
 
 from . import metrics as metrics, nn as nn
-from ._call.cache import CacheKey as CacheKey
 from ._call.function import (
     StatefulFunction as StatefulFunction,
     StateTrace as StateTrace,
     make_jaxpr as make_jaxpr,
 )
+from ._call.keys import CacheKey as CacheKey
 from ._errors import (
     StateError as StateError,
     StateTraceError as StateTraceError,

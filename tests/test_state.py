@@ -734,10 +734,9 @@ RUNNING = {
     "eqx.filter_vmap": lambda f: eqx.filter_vmap(f)(x[None]),
 }
 ALL = {**TRACING, **AT_ONCE, **RUNNING}
-tracing = pytest.mark.parametrize("run", TRACING.values(), ids=TRACING)
+making = {**TRACING, **AT_ONCE}
+tracing = pytest.mark.parametrize("run", making.values(), ids=making)
 running = pytest.mark.parametrize("run", RUNNING.values(), ids=RUNNING)
-reading = {**AT_ONCE, **RUNNING}
-reading = pytest.mark.parametrize("run", reading.values(), ids=reading)
 every = pytest.mark.parametrize("run", ALL.values(), ids=ALL)
 
 
@@ -753,7 +752,7 @@ def test_a_read_in_a_raw_transform_that_keeps_what_it_saw_is_refused(run):
     assert isinstance(error.value, RuntimeError) and state.value == 3.0
 
 
-@reading
+@running
 def test_a_read_in_a_raw_transform_that_is_not_compiled_for_later_is_right(run):
     state = sf.State(3.0)
 

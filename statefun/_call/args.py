@@ -8,7 +8,7 @@ equal keys share a `Signature`, and through it one compiled program.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -19,9 +19,9 @@ from .._compat import array_class
 from .._errors import message
 from .._state.cell import Cell
 from .._state.state import State
-from .._state.static import TreeDef, is_identity, static_key, treedef_key
+from .._state.static import TreeDef, is_identity, is_weak, static_key, treedef_key
 from .._state.structure import ARRAY
-from .._trace.result import Reference, refuse_bare_state
+from .._trace.result import refuse_bare_state
 
 
 class Static:
@@ -54,6 +54,27 @@ class Static:
         return f"Static({self.value!r})"
 
 
+class Weak:
+    """A static leaf that is held weakly: it is equal to itself only, so once it is gone
+    no call can pass it again."""
+
+    __slots__ = ("_ref", "label")
+
+    def __init__(self, ref: Callable[[], Any]):
+        self._ref = ref
+        leaf = ref()
+        self.label = getattr(leaf, "__qualname__", f"<{type(leaf).__name__}>")
+
+    def peek(self) -> Any:
+        """The leaf, or None if it is gone."""
+        return self._ref()
+
+    def __call__(self) -> Any:
+        leaf = self._ref()
+        assert leaf is not None, "an argument lives as long as the call"
+        return leaf
+
+
 class Signature:
     """What is static about a call, and stand-ins for the States among its arguments.
 
@@ -61,31 +82,58 @@ class Signature:
     second, … State of the arguments, and serves every module of the same structure.
     """
 
-    __slots__ = ("dynamic", "leaves", "slots", "stand_ins", "treedef")
+    __slots__ = (
+        "_key",
+        "dynamic",
+        "leaves",
+        "only_arrays",
+        "stand_ins",
+        "treedef",
+    )
 
-    def __init__(self, leaves: Sequence[Any], treedef: TreeDef, stand_in: bool):
+    def __init__(self, leaves: Sequence[Any], treedef: TreeDef, keys: tuple):
         self.treedef = treedef
         self.leaves = list(leaves)
         self.stand_ins: list[State] = []
         self.dynamic = [i for i, leaf in enumerate(leaves) if eqx.is_array(leaf)]
+        args, kwargs = treedef.children()
+        n = args.num_leaves
+        self._key = (
+            (treedef_key(args), keys[:n]),
+            (treedef_key(kwargs), keys[n:]),
+            sum(i < n for i in self.dynamic),
+        )
+        # Whether each argument is an array, given by position.
+        self.only_arrays = len(self.dynamic) == len(leaves) == len(args.children())
         made: dict[Cell, State] = {}
         paths = jtu.tree_flatten_with_path(treedef.unflatten(leaves))[0]
         for i, leaf in enumerate(leaves):
             if eqx.is_array(leaf):
                 self.leaves[i] = ARRAY
-            elif isinstance(leaf, State) and stand_in:
+            elif isinstance(leaf, State):
                 if leaf._cell not in made:
                     made[leaf._cell] = leaf._stand_in(_argument_path(paths[i][0]))
                     self.stand_ins.append(made[leaf._cell])
                 self.leaves[i] = made[leaf._cell]
-            elif isinstance(leaf, State):
-                self.leaves[i] = Reference(leaf)
+            elif is_weak(keys[i]):
+                self.leaves[i] = Weak(keys[i][1])
+
+    def key(self, pins: Mapping[int, Cell]) -> tuple[Any, Any, int]:
+        """The static parts of the positional and the keyword arguments, and how many of
+        the arrays are positional."""
+        args, kwargs, n = self._key
+        return ((*args, *pins.items()), kwargs, n)
+
+    def weak_leaves(self) -> list[Any]:
+        """Functions and the like among the arguments: a cache must not keep them, nor
+        what they close over."""
+        return [leaf() for leaf in self.leaves if type(leaf) is Weak]
 
     def build(self, dynamic: Sequence[Any]) -> tuple[tuple, dict]:
         leaves = list(self.leaves)
         for i, array in zip(self.dynamic, dynamic, strict=True):
             leaves[i] = array
-        leaves = [x() if type(x) is Reference else x for x in leaves]
+        leaves = [x() if type(x) is Weak else x for x in leaves]
         args, kwargs = self.treedef.unflatten(leaves)
         args = tuple(a.value if type(a) is Static else a for a in args)
         kwargs = {k: a.value if type(a) is Static else a for k, a in kwargs.items()}

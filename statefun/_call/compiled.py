@@ -1,23 +1,24 @@
-"""One `jax.jit` of a function, and the values that go in beside the arguments."""
+"""One `jax.jit` of a function, for States of given structures."""
 
 from __future__ import annotations
 
 import copy
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from .._compat import jit_disabled
-from .._state.cell import Cell, shared
+from .._state.cell import Cell, Value, Values
 from .._state.structure import ARRAY, Structure
+from .._trace.program import Program
 from .._trace.result import OutTree
 from .args import spread_prefix
-from .cache import Record
 
 
 class Options(NamedTuple):
@@ -32,37 +33,51 @@ class Options(NamedTuple):
     donate_states: bool = False
     in_shardings: Any = None
     out_shardings: Any = None
+    jit_options: tuple[tuple[str, Any], ...] = ()
 
 
 class Restart(Exception):
-    """The entry has learned something: call again with its new `Compiled`."""
+    """The call has to be looked up again: something was learned, or has changed."""
 
 
-class Eager(Exception):
-    """`jax.disable_jit()` is on: the function itself is to run."""
+class Trace:
+    """A program, and what a call needs to know about it.
+
+    `tick` and `filed` belong to the `Calls` that it is filed in; all else is fixed.
+    """
+
+    def __init__(self, program: Program, key: Any, configuration: Any):
+        self.program = program
+        self.key = key
+        self.configuration = configuration
+        self.n_out = program.n_out
+        self.out = program.out
+        # How `fast` makes the result: it is None, or the first array, or built.
+        self.result = 0 if program.out.is_none else 1 if program.out.is_array else 2
+        self.written = tuple(program.writes)
+        self.structures = tuple(program.writes.values())
+        self.may_fail = program.may_fail
+        self.effects = bool(program.jaxpr.effects)
+        # Whether no write can change a structure that is known to be in place.
+        self.keeps_structures = all(
+            program.reads.get(c) is s for c, s in program.writes.items()
+        )
+        self.tick = 0
+        self.filed = False
+        # Where each State of the program is among those of the arguments, if it is; and
+        # the arguments that it was traced with, weakly: a cache must not keep a model
+        # alive.
+        self.positions: tuple[int | None, ...] = ()
+        self.arguments: tuple[Callable[[], Any], ...] = ()
 
 
-@runtime_checkable
-class Owner(Protocol):
-    """What a `Compiled` needs of the entry that it belongs to."""
-
-    dead: bool
-
-    def record(self, dynamic: Sequence[Any], known: dict) -> Record: ...
-    def learn(self, record: Record) -> bool: ...
+class _Present(threading.local):
+    states: Sequence[Any] | None = None
 
 
-class Inputs(NamedTuple):
-    """What goes into a compiled function beside its dynamic arguments."""
-
-    cells: tuple[Cell, ...]  # stand-ins for the States of arguments
-    targets: tuple[Cell | int, ...]  # the States, or their positions in the arguments
-    structures: tuple[Structure, ...]
-    consts: tuple[Any, ...]
-    donated: tuple[int, ...] = ()  # positions in `cells`
-    donated_leaves: tuple[int, ...] = ()
-    shardings: tuple[Any, ...] | None = None  # of the dynamic arguments
-    may_fail: bool = False
+present = _Present()
+"""The States among the arguments of the call that is under way in this thread; None on
+the hot path, on which nothing is traced. Set by `Calls`."""
 
 
 class Compiled:
@@ -71,32 +86,50 @@ class Compiled:
     Its arguments are the dynamic leaves, the flat values of the States, the arrays that
     the function closes over, and, where something is donated, the leaves and values
     that are.
+
+    **Arguments:**
+
+    - `find`: `find(dynamic, values) -> Trace`, called where JAX misses. Has whatever the
+        trace needs taken up by the `Site`, and raises `Restart` if that is not an input
+        here.
+    - `cells`: the States that go in; stand-ins for those of the arguments.
+    - `structures`: theirs.
+    - `consts`: arrays that the function closes over.
+    - `donated`, `donated_leaves`: positions in `cells` and in the dynamic leaves.
+    - `shardings`: of the dynamic leaves.
+    - `may_fail`: whether a run may raise, and so has to be waited for.
     """
 
-    def __init__(self, entry: Owner, inputs: Inputs, options: Options):
-        self._entry = entry
-        self._inputs = inputs
+    def __init__(
+        self,
+        find: Callable[[Compiled, Sequence[Any], Values], Trace],
+        options: Options,
+        cells: Sequence[Cell],
+        structures: Sequence[Structure],
+        consts: Sequence[Any],
+        donated: Sequence[int] = (),
+        donated_leaves: Sequence[int] = (),
+        shardings: Sequence[Any] | None = None,
+        may_fail: bool = False,
+    ):
+        self._find = find
         self._options = options
-        self._const_index = {id(c): i for i, c in enumerate(inputs.consts)}
-        targets = inputs.targets
-        self.targets = targets
-        self.own = [t for t in targets if isinstance(t, Cell)]
-        # None if some are States of the arguments, another one in each call.
-        self.cells = self.own if len(self.own) == len(targets) else None
-        self.structures = inputs.structures
-        self.consts = inputs.consts
-        self.donated = inputs.donated
-        # Of the programs compiled here: by how long the list is that a run gives back.
-        self.records: dict[int, Record] = {}
-        self.epoch = -1  # of `shared.structures`, when the structures last fitted
-
-        # Whether nothing goes in but dynamic leaves and States, see `call.Fast`.
+        self._shardings = shardings
+        self._donated_leaves = donated_leaves
+        self.cells = cells
+        self.structures = structures
+        self.consts = consts
+        self.donated = donated
+        self.may_fail = may_fail
+        self._const_index = {id(c): i for i, c in enumerate(consts)}
+        # Of the traces compiled here: by how long the list is that a run gives back.
+        self.traces: dict[int, Trace] = {}
+        self.epoch = (
+            -1
+        )  # of `shared.structures`, when the structures last fitted: `fast`
+        # Whether nothing goes in but dynamic leaves and States, see `fast`.
         self.simple = not (
-            inputs.consts
-            or inputs.donated
-            or inputs.donated_leaves
-            or inputs.may_fail
-            or inputs.shardings is not None
+            consts or donated or donated_leaves or may_fail or shardings is not None
         )
 
         def body(*arguments: Any) -> Any:
@@ -106,37 +139,24 @@ class Compiled:
             return self._body(*arguments)
 
         body.__name__ = body.__qualname__ = options.name
-        how: dict[str, Any] = {} if self.simple else {"donate_argnums": (3, 4)}
-        if inputs.shardings is not None:
-            kept, given = _split(inputs.shardings, inputs.donated_leaves)
+        how: dict[str, Any] = dict(options.jit_options)
+        if not self.simple:
+            how["donate_argnums"] = (3, 4)
+        if shardings is not None:
+            kept, given = _split(shardings, donated_leaves)
             how["in_shardings"] = (kept, None, None, given, None)
         self.jit = jax.jit(body, **how)
         # Equinox turns the failure of a check into an error that can be read, and waits
         # for it, which has to be done before anything is committed.
-        self._run = eqx.filter_jit(body) if inputs.may_fail else self.jit
+        self._run = eqx.filter_jit(body) if may_fail else self.jit
 
     # -- calling --
-
-    def accepts(self, cells: Sequence[Cell]) -> bool:
-        """Whether the States have the structures that this was compiled for.
-
-        To be called with the lock held under which their values are read.
-        """
-        fits = all(
-            c.structure is s for c, s in zip(cells, self.structures, strict=True)
-        )
-        if fits and self.cells is not None:
-            self.epoch = shared.structures
-            if self._entry.dead:  # it may die at any moment, and then resets the epoch
-                self.epoch = -1
-        return fits
 
     def run_by(self, executable: Callable[..., Any]) -> Compiled:
         """The same, with an executable that was compiled ahead of time in its place."""
         fixed = copy.copy(self)
-        fixed.epoch = -1
         fixed._run = executable
-        if self._inputs.may_fail:
+        if self.may_fail:
             fixed._run = lambda *args: jax.block_until_ready(executable(*args))
         return fixed
 
@@ -144,17 +164,17 @@ class Compiled:
         """The arguments of `jit`: always the same containers, or it would retrace."""
         if self.simple:
             return *dynamic, flats
-        kept, given = _split(dynamic, self._inputs.donated_leaves)
+        kept, given = _split(dynamic, self._donated_leaves)
         kept_flats, given_flats = _split(flats, self.donated)
         return kept, kept_flats, self.consts, given, given_flats
 
     def call(self, dynamic: Sequence[Any], flats: list[Any]) -> Any:
         for i in self.donated:
             flats[i] = _copy_if_held(flats, i)
-        if self._inputs.may_fail:
+        if self.may_fail:
             dynamic = self._placed(dynamic)
         arguments = self.arguments(dynamic, flats)
-        donates = self.donated or self._inputs.donated_leaves
+        donates = self.donated or self._donated_leaves
         if not donates or self._options.donate.startswith("warn"):
             return self._run(*arguments)
         with warnings.catch_warnings():
@@ -164,72 +184,77 @@ class Compiled:
             return self._run(*arguments)
 
     def _placed(self, dynamic: Sequence[Any]) -> Sequence[Any]:
-        shardings = self._inputs.shardings
-        if shardings is None:
+        if self._shardings is None:
             return dynamic
         return [
             x if s is None else jax.device_put(x, s)
-            for x, s in zip(dynamic, shardings, strict=True)
+            for x, s in zip(dynamic, self._shardings, strict=True)
         ]
+
+    def take_apart(self, out: list[Any]) -> tuple[Trace, list[Any], list[Value]]:
+        """What a run gave back: its trace, the result's leaves, and for each of
+        `written_cells` the value."""
+        trace = self.traces[len(out)]
+        untouched = self._untouched(trace)
+        end = trace.n_out + len(trace.structures)
+        values = list(zip(out[trace.n_out : end], trace.structures, strict=True))
+        rest = out[end : end + len(untouched)]
+        values += [
+            (x, self.structures[i]) for i, x in zip(untouched, rest, strict=True)
+        ]
+        return trace, out[: trace.n_out], values
+
+    def written_cells(self, trace: Trace) -> list[Cell]:
+        return [*trace.written, *(self.cells[i] for i in self._untouched(trace))]
+
+    def _untouched(self, trace: Trace) -> list[int]:
+        """Values that are donated, but not written by this program: they come back."""
+        return [i for i in self.donated if self.cells[i] not in trace.program.writes]
 
     # -- tracing: runs where JAX misses --
 
     def _body(
         self, dynamic: Any, flats: Any, consts: Any, given: Any, given_flats: Any
     ) -> Any:
-        if jit_disabled():
-            raise Eager
-        inputs = self._inputs
-        dynamic = _merge(dynamic, given, inputs.donated_leaves)
-        flats = _merge(flats, given_flats, self.donated)
-        values = list(zip(flats, self.structures, strict=True))
-        known = dict(zip(inputs.cells, values, strict=True))
-        record = self._entry.record(dynamic, known)
-        self._entry.learn(record)
-        if not self._covers(record):
+        if jit_disabled() or present.states is None:
             raise Restart
-        program = record.program
+        dynamic = _merge(dynamic, given, self._donated_leaves)
+        flats = _merge(flats, given_flats, self.donated)
+        values = Values(
+            zip(self.cells, zip(flats, self.structures, strict=True), strict=True)
+        )
+        trace = self._find(self, dynamic, values)
+        program = trace.program
         closed_over = [consts[self._const_index[id(c)]] for c in program.consts]
-        leaves, writes = program(dynamic, known, closed_over)
+        leaves, writes = program(dynamic, values, closed_over)
         if self._options.out_shardings is not None:
-            leaves = _constrain(leaves, program.out, self._options.out_shardings)
+            leaves = constrain(leaves, program.out, self._options.out_shardings)
         written = [flat for flat, _ in writes.values()]
-        kept = [flats[i] for i in self.untouched(record)]
-        return self._marked(record, [*leaves, *written, *kept])
+        kept = [flats[i] for i in self._untouched(trace)]
+        return self._marked(trace, [*leaves, *written, *kept])
 
-    def _marked(self, record: Record, outputs: list[Any]) -> list[Any]:
+    def covers(self, trace: Trace) -> bool:
+        """Whether everything that the program needs is an input here."""
+        program = trace.program
+        return (
+            all(cell in self.cells for cell in program.reads)
+            and all(id(c) in self._const_index for c in program.consts)
+            and (self.may_fail or not trace.may_fail)
+            and not (self.donated and trace.effects)
+        )
+
+    def _marked(self, trace: Trace, outputs: list[Any]) -> list[Any]:
         """The results, with so many times None that the length names the program.
 
         Which compiled version a call has run, and so which program, is JAX's affair. It
         takes a list with None apart and puts it together in C++, and keeps nothing of
-        ours alive for it.
+        ours alive for it. A dict with a key for the program cost 6 % of a call at one
+        State and 11 % at ten, the length at most 2 %.
         """
         length = len(outputs)
-        while self.records.setdefault(length, record) is not record:
+        while self.traces.setdefault(length, trace) is not trace:
             length += 1
         return outputs + [None] * (length - len(outputs))
-
-    def taken_apart(self, out: list[Any]) -> tuple[Record, list[Any], list[Any]]:
-        """What a run gave back: its program, the result's leaves, and the States'."""
-        record = self.records[len(out)]
-        n = record.n_out
-        end = n + len(record.structures) + len(self.untouched(record))
-        return record, out[:n], out[n:end]
-
-    def _covers(self, record: Record) -> bool:
-        """Whether everything that the program needs is an input here."""
-        program, inputs = record.program, self._inputs
-        return (
-            all(cell in inputs.cells for cell in program.reads)
-            and all(id(c) in self._const_index for c in program.consts)
-            and (inputs.may_fail or not record.may_fail)
-            and not (self.donated and record.effects)
-        )
-
-    def untouched(self, record: Record) -> list[int]:
-        """Values that are donated, but not written by this program: they come back."""
-        cells = self._inputs.cells
-        return [i for i in self.donated if cells[i] not in record.program.writes]
 
 
 def _split(items: Sequence[Any], positions: Sequence[int]) -> tuple[list, list]:
@@ -246,7 +271,8 @@ def _merge(kept: Sequence[Any], given: Sequence[Any], positions: Sequence[int]) 
     return merged
 
 
-def _constrain(leaves: list[Any], out: OutTree, shardings: Any) -> list[Any]:
+def constrain(leaves: list[Any], out: OutTree, shardings: Any) -> list[Any]:
+    """The arrays of a result, with the shardings that the user asked for."""
     tree = out.treedef.unflatten(range(len(out.leaves)))
     spread = spread_prefix(shardings, tree)
     chosen = [s for s, leaf in zip(spread, out.leaves, strict=True) if leaf is ARRAY]

@@ -13,17 +13,18 @@ import jax.tree_util as jtu
 from .. import _compat
 from .._errors import StateValueError, message
 from .._state import access
-from .._state.cell import Cell
+from .._state.cell import Cell, Values
 from .._state.numbers import normalise
 from .._state.state import State
 from .._state.static import TreeDef
-from .._state.structure import Structure, flatten, leaves_of
+from .._state.structure import flatten, leaves_of
 from .._trace.program import Program
 from ..ir import normalize_optimizations
-from . import entry as _entry
-from .cache import CacheKey, Record
-from .call import Caller, Fast
-from .compiled import Options
+from .calls import Calls
+from .compiled import Options, Trace
+from .fast import Fast
+from .keys import CacheKey
+from .site import Site
 
 
 class StateTrace(NamedTuple):
@@ -42,6 +43,23 @@ class StateTrace(NamedTuple):
     reads: tuple[State, ...]
     writes: tuple[State, ...]
     avals: tuple[tuple, ...]
+
+
+class _Found(NamedTuple):
+    """A trace that was asked for, and the States it is about (None: gone)."""
+
+    trace: Trace
+    states: Sequence[State | None]  # in the order of the program
+    arguments: Sequence[Any]  # those among the arguments, by position
+    dynamic: Sequence[Any] = ()
+
+    @property
+    def program(self) -> Program:
+        return self.trace.program
+
+    @property
+    def key(self) -> CacheKey:
+        return self.trace.key
 
 
 P = ParamSpec("P")
@@ -121,14 +139,14 @@ class StatefulFunction(Fast, Generic[P, R]):
             axis_env=axis_env,
             ir_optimizations=normalize_optimizations(ir_optimizations),
         )
-        self._caller = Caller(fun, options)
+        self._calls = Calls(fun, options)
 
     def __repr__(self) -> str:
         return f"StatefulFunction({self.name})"
 
     def _compile_with(self, **options: Any) -> None:
         """Options that don't change what is traced, only how it is compiled."""
-        self._caller = Caller(self.fun, self._caller.options._replace(**options))
+        self._calls = Calls(self.fun, self._calls.options._replace(**options))
 
     # -- tracing and asking --
 
@@ -141,7 +159,7 @@ class StatefulFunction(Fast, Generic[P, R]):
         tuple, list or dict; `ValueError` if `static_argnums` names a position that the
         call doesn't have.
         """
-        self._find(args, kwargs)
+        self._find(args, kwargs, True)
         return self
 
     def get_arg_cache_key(
@@ -154,9 +172,9 @@ class StatefulFunction(Fast, Generic[P, R]):
         - `compile_if_miss`: whether to trace the function if there is no such trace.
         """
         if compile_if_miss:
-            return self._find(args, kwargs)[0].key
-        entry, dynamic, _ = self._caller.entry(args, kwargs)
-        return entry.cache_key([jax.typeof(x) for x in dynamic])
+            return self._find(args, kwargs, True).key
+        site, dynamic, _ = self._calls.site(args, kwargs)
+        return _key(site, dynamic)
 
     def get_jaxpr(
         self, /, *args: Any, compile_if_miss: bool = True, **kwargs: Any
@@ -167,64 +185,84 @@ class StatefulFunction(Fast, Generic[P, R]):
         whose incoming value is used, in the order of `get_states`. Its outputs are the
         arrays of the result, then those of the States (only of the written ones with
         `return_only_write`), in the same order.
+
+        **Arguments:** those of the function; and, here and in all `get_…` below,
+
+        - `compile_if_miss`: whether to trace the function if there is no trace for these
+            arguments.
+
+        **Raises:** `ValueError`, with `compile_if_miss=False`, if there is none.
         """
-        return self._jaxpr(*self._find(args, kwargs, compile_if_miss))
+        return self._jaxpr(self._find(args, kwargs, compile_if_miss))
 
     def get_jaxpr_by_cache(self, key: CacheKey, /) -> jec.ClosedJaxpr:
         """As `get_jaxpr`, for a key of `get_arg_cache_key`."""
-        return self._jaxpr(*self._by_key(key))
+        return self._jaxpr(self._by_key(key))
 
-    def get_out_shapes(self, /, *args: Any, **kwargs: Any) -> tuple[Any, tuple]:
+    def get_out_shapes(
+        self, /, *args: Any, compile_if_miss: bool = True, **kwargs: Any
+    ) -> tuple[Any, tuple]:
         """What comes out.
 
         **Returns:** the result, and a tuple of the values of the States that the jaxpr
         returns, in each case with a `jax.ShapeDtypeStruct` for every array.
         """
-        return self._out_shapes(*self._find(args, kwargs))
+        return self._out_shapes(self._find(args, kwargs, compile_if_miss))
 
     def get_out_shapes_by_cache(self, key: CacheKey, /) -> tuple[Any, tuple]:
         """As `get_out_shapes`, for a key of `get_arg_cache_key`."""
-        return self._out_shapes(*self._by_key(key))
+        return self._out_shapes(self._by_key(key))
 
-    def get_out_treedef(self, /, *args: Any, **kwargs: Any) -> TreeDef:
+    def get_out_treedef(
+        self, /, *args: Any, compile_if_miss: bool = True, **kwargs: Any
+    ) -> TreeDef:
         """The tree structure of what `get_out_shapes` returns."""
-        return jtu.tree_structure(self.get_out_shapes(*args, **kwargs))
+        found = self._find(args, kwargs, compile_if_miss)
+        return jtu.tree_structure(self._out_shapes(found))
 
     def get_out_treedef_by_cache(self, key: CacheKey, /) -> TreeDef:
         """As `get_out_treedef`, for a key of `get_arg_cache_key`."""
         return jtu.tree_structure(self.get_out_shapes_by_cache(key))
 
-    def get_states(self, /, *args: Any, **kwargs: Any) -> tuple[State, ...]:
+    def get_states(
+        self, /, *args: Any, compile_if_miss: bool = True, **kwargs: Any
+    ) -> tuple[State, ...]:
         """All States that the function touches, in order of first access."""
-        return self._trace(*self._find(args, kwargs)).states
+        return self._trace(self._find(args, kwargs, compile_if_miss)).states
 
     def get_states_by_cache(self, key: CacheKey, /) -> tuple[State, ...]:
         """As `get_states`, for a key of `get_arg_cache_key`."""
-        return self._trace(*self._by_key(key)).states
+        return self._trace(self._by_key(key)).states
 
-    def get_read_states(self, /, *args: Any, **kwargs: Any) -> tuple[State, ...]:
+    def get_read_states(
+        self, /, *args: Any, compile_if_miss: bool = True, **kwargs: Any
+    ) -> tuple[State, ...]:
         """The States whose incoming value is used, in order of first access."""
-        return self._trace(*self._find(args, kwargs)).reads
+        return self._trace(self._find(args, kwargs, compile_if_miss)).reads
 
     def get_read_states_by_cache(self, key: CacheKey, /) -> tuple[State, ...]:
         """As `get_read_states`, for a key of `get_arg_cache_key`."""
-        return self._trace(*self._by_key(key)).reads
+        return self._trace(self._by_key(key)).reads
 
-    def get_write_states(self, /, *args: Any, **kwargs: Any) -> tuple[State, ...]:
+    def get_write_states(
+        self, /, *args: Any, compile_if_miss: bool = True, **kwargs: Any
+    ) -> tuple[State, ...]:
         """The States that are assigned, in order of first access."""
-        return self._trace(*self._find(args, kwargs)).writes
+        return self._trace(self._find(args, kwargs, compile_if_miss)).writes
 
     def get_write_states_by_cache(self, key: CacheKey, /) -> tuple[State, ...]:
         """As `get_write_states`, for a key of `get_arg_cache_key`."""
-        return self._trace(*self._by_key(key)).writes
+        return self._trace(self._by_key(key)).writes
 
-    def get_state_trace(self, /, *args: Any, **kwargs: Any) -> StateTrace:
-        """The record of the trace: States, reads, writes, abstract values."""
-        return self._trace(*self._find(args, kwargs))
+    def get_state_trace(
+        self, /, *args: Any, compile_if_miss: bool = True, **kwargs: Any
+    ) -> StateTrace:
+        """What the trace has seen: States, reads, writes, abstract values."""
+        return self._trace(self._find(args, kwargs, compile_if_miss))
 
     def get_state_trace_by_cache(self, key: CacheKey, /) -> StateTrace:
         """As `get_state_trace`, for a key of `get_arg_cache_key`."""
-        return self._trace(*self._by_key(key))
+        return self._trace(self._by_key(key))
 
     # -- calling --
 
@@ -234,7 +272,7 @@ class StatefulFunction(Fast, Generic[P, R]):
 
     def jaxpr_call_auto(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs the function, compiled, on the States' current values and commits."""
-        return self._caller.run(args, kwargs)
+        return self._calls.run(args, kwargs)
 
     def jaxpr_call(
         self, state_vals: Sequence[Any], /, *args: Any, **kwargs: Any
@@ -254,34 +292,33 @@ class StatefulFunction(Fast, Generic[P, R]):
         **Raises:** `ValueError` on a wrong number of values, or on one whose structure,
         shape or dtype is not that of the trace.
         """
-        record, states = self._find(args, kwargs)
-        program = record.program
-        values = _check_values(program, states, state_vals)
-        dynamic = self._caller.entry(args, kwargs)[1]
-        leaves, writes = program(dynamic, values)
+        found = self._find(args, kwargs, True)
+        program = found.program
+        values = _check_values(found, state_vals)
+        leaves, writes = program(found.dynamic, values)
         new = writes if self.return_only_write else values | writes
         new_vals = tuple(
             new[cell][1].unflatten(new[cell][0]) if cell in new else None
             for cell in program.order
         )
-        return new_vals, program.out.build(leaves, _argument_states(record, states))
+        return new_vals, program.out.build(leaves, found.arguments)
 
     # -- the cache --
 
     def get_cache_stats(self) -> dict[str, dict[str, Any]]:
         """Size, limit, hits, misses and rate of hits of the cache."""
-        return {"compilation_cache": self._caller.records.stats()}
+        return {"compilation_cache": self._calls.stats()}
 
     def clear_cache(self) -> None:
         """Forgets everything that was traced and compiled."""
-        self._caller.clear()
+        self._calls.clear()
 
     def retraces(self) -> list[Any]:
         """Why the function was traced: the newest 100 times, oldest first.
 
         **Returns:** a list of [`statefun.Retrace`][].
         """
-        return _entry.observer.history(self._caller)
+        return Calls.observer.history(self._calls)
 
     def validate_states(self, key: CacheKey, /) -> bool:
         """Whether the States still fit what was traced under `key`.
@@ -289,8 +326,7 @@ class StatefulFunction(Fast, Generic[P, R]):
         **Raises:** `ValueError` that names the States that are gone, or have a value of
         another structure, shape or dtype.
         """
-        record, states = self._by_key(key)
-        problems = _misfits(record, states)
+        problems = _misfits(self._by_key(key))
         if problems:
             raise StateValueError(
                 f"{self.name}: {len(problems)} of the States don't fit the trace.\n"
@@ -301,36 +337,35 @@ class StatefulFunction(Fast, Generic[P, R]):
     def validate_all_states(self) -> dict[CacheKey, bool | str]:
         """For every key True, or what `validate_states` says."""
         found: dict[CacheKey, bool | str] = {}
-        for record in self._caller.records.all():
+        for key in [t.key for t in self._calls.all_traces()] + [*self._calls.lost]:
             try:
-                found[record.key] = self.validate_states(record.key)
+                found[key] = self.validate_states(key)
             except StateValueError as error:
-                found[record.key] = str(error)
+                found[key] = str(error)
         return found
 
     # -- inside --
 
-    def _find(
-        self, args: tuple, kwargs: dict, trace: bool = True
-    ) -> tuple[Record, list[State | None]]:
-        """The record for these arguments, and the States it is about."""
-        self._caller.records.lookups += 1
-        entry, dynamic, states = self._caller.entry(args, kwargs)
-        record = entry.look_up(dynamic, states, trace)
-        if record is None:
-            self._caller.records.misses += 1
-            raise self._unknown(entry.cache_key([jax.typeof(x) for x in dynamic]))
-        handles = {c: states[i] for c, i in entry.arg_cells.items()}
-        return record, [handles.get(c) or _handle(c) for c in record.program.order]
+    def _find(self, args: tuple, kwargs: dict, trace: bool) -> _Found:
+        site, found, dynamic, states = self._calls.find(args, kwargs, trace)
+        if found is None:
+            self._calls.misses += 1
+            raise self._unknown(_key(site, dynamic))
+        return _Found(found, _states_of(found, states), states, dynamic)
 
-    def _by_key(self, key: CacheKey) -> tuple[Record, list[State | None]]:
-        records = self._caller.records.with_key(key)
-        if not records:
+    def _by_key(self, key: CacheKey) -> _Found:
+        traces = self._calls.with_key(key)
+        if not traces and key in self._calls.lost:
+            raise StateValueError(
+                f"{self.name}: {self._calls.lost[key]} is gone, and its trace with it."
+            )
+        if not traces:
             raise self._unknown(key)
-        return records[0], [ref() for ref in records[0].states]
+        arguments = [ref() for ref in traces[0].arguments]
+        return _Found(traces[0], _states_of(traces[0], arguments), arguments)
 
     def _unknown(self, key: CacheKey) -> ValueError:
-        known = dict.fromkeys(r.key for r in self._caller.records.all())
+        known = dict.fromkeys(r.key for r in self._calls.all_traces())
         listed = "\n".join(f"- {k}" for k in known) or "(none)"
         return ValueError(
             f"{self.name}: nothing was traced for this key.\n\nAsked for: {key}\n\n"
@@ -338,19 +373,19 @@ class StatefulFunction(Fast, Generic[P, R]):
             "or a method that takes the arguments."
         )
 
-    def _trace(self, record: Record, states: Sequence[State | None]) -> StateTrace:
-        program = record.program
-        by_cell = dict(zip(program.order, states, strict=True))
+    def _trace(self, found: _Found) -> StateTrace:
+        program = found.program
+        by_cell = dict(zip(program.order, found.states, strict=True))
         missing = [c for c, state in by_cell.items() if state is None]
         if missing:
             raise StateValueError(
                 f"{self.name}: {missing[0].describe()} of the trace is gone."
             )
-        found: dict[Cell, Any] = by_cell
+        states: dict[Cell, Any] = by_cell
         return StateTrace(
-            states=tuple(found.values()),
-            reads=tuple(found[c] for c in program.order if c in program.reads),
-            writes=tuple(found[c] for c in program.order if c in program.writes),
+            states=tuple(states.values()),
+            reads=tuple(states[c] for c in program.order if c in program.reads),
+            writes=tuple(states[c] for c in program.order if c in program.writes),
             avals=tuple(program.avals(c) for c in program.order),
         )
 
@@ -360,8 +395,8 @@ class StatefulFunction(Fast, Generic[P, R]):
             return list(program.writes)
         return list(program.order)
 
-    def _jaxpr(self, record: Record, _: Any) -> jec.ClosedJaxpr:
-        program = record.program
+    def _jaxpr(self, found: _Found) -> jec.ClosedJaxpr:
+        program = found.program
         if self.return_only_write:
             return program.closed
         jaxpr = program.jaxpr
@@ -374,12 +409,10 @@ class StatefulFunction(Fast, Generic[P, R]):
         full = jaxpr.replace(constvars=jaxpr.constvars, outvars=outvars)
         return _compat.close(full, program.consts)
 
-    def _out_shapes(self, record: Record, states: Any) -> tuple[Any, tuple]:
-        program = record.program
+    def _out_shapes(self, found: _Found) -> tuple[Any, tuple]:
+        program = found.program
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in program.out_avals]
-        out = program.out.build(
-            shapes[: program.n_out], _argument_states(record, states)
-        )
+        out = program.out.build(shapes[: program.n_out], found.arguments)
         values = program.split(shapes)[1]
         reads = program.unflatten_reads(
             [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in program.read_avals_flat]
@@ -402,12 +435,12 @@ def make_jaxpr(
 
     **Arguments:** as of [`statefun.StatefulFunction`][]; and
 
-    - `return_shape`: whether the shapes of what comes out are returned, too.
+    - `return_shape`: whether the shapes of the result are returned, too.
 
     **Returns:** a function that takes the arguments of `fun` and returns
-    `(closed_jaxpr, states)`, or `(closed_jaxpr, states, out_shapes)`. Of inputs and
-    outputs of the jaxpr see `StatefulFunction.get_jaxpr`; of the shapes
-    `StatefulFunction.get_out_shapes`.
+    `(closed_jaxpr, states)`, or `(closed_jaxpr, states, out_shapes)`, where `out_shapes`
+    is the result with a `jax.ShapeDtypeStruct` for every array. For the inputs and
+    outputs of the jaxpr see `StatefulFunction.get_jaxpr`.
 
     !!! example
 
@@ -428,9 +461,9 @@ def make_jaxpr(
 
     @functools.wraps(fun, updated=())
     def jaxpr_of(*args: Any, **kwargs: Any) -> tuple:
-        record, states = traced._find(args, kwargs)
-        found = traced._jaxpr(record, states), traced._trace(record, states).states
-        return (*found, traced._out_shapes(record, states)) if return_shape else found
+        found = traced._find(args, kwargs, True)
+        answer = traced._jaxpr(found), traced._trace(found).states
+        return (*answer, traced._out_shapes(found)[0]) if return_shape else answer
 
     return jaxpr_of
 
@@ -445,18 +478,21 @@ def _as_tuple(x: Any, kind: type) -> tuple:
     return (x,) if isinstance(x, kind) else tuple(x)
 
 
-def _handle(cell: Cell) -> State | None:
-    return None if cell.handle is None else cell.handle()
+def _key(site: Site, dynamic: Sequence[Any]) -> CacheKey:
+    return site.cache_key([jax.typeof(x) for x in dynamic])
 
 
-def _argument_states(record: Record, states: Sequence[State | None]) -> list[Any]:
-    """The States among the arguments, by position, as `OutTree.build` wants them."""
-    return record.arguments(states)
+def _states_of(trace: Trace, arguments: Sequence[Any]) -> list[State | None]:
+    """The States of a program, in its order."""
+    places = zip(trace.program.order, trace.positions, strict=True)
+    return [
+        arguments[i] if i is not None else cell.handle and cell.handle()
+        for cell, i in places
+    ]
 
 
-def _check_values(
-    program: Program, states: Sequence[State | None], values: Sequence[Any]
-) -> dict[Cell, tuple[Any, Structure]]:
+def _check_values(found: _Found, values: Sequence[Any]) -> Values:
+    program = found.program
     cells = program.order
     if len(values) != len(cells):
         named = ", ".join(c.describe() for c in cells) or "none"
@@ -464,13 +500,12 @@ def _check_values(
             f"state_vals has {len(values)} values, but the function touches "
             f"{len(cells)} States: {named}."
         )
-    found = {}
+    fitting = Values()
     for cell, value in zip(cells, values, strict=True):
-        structure = program.reads.get(cell)
-        if structure is None:
+        if cell not in program.reads:
             continue
-        flat, given = flatten(normalise(value))
-        problem = program.misfit(cell, flat, given)
+        flat, structure = flatten(normalise(value))
+        problem = program.misfit(cell, flat, structure)
         if problem:
             raise StateValueError(
                 message(
@@ -481,17 +516,17 @@ def _check_values(
                     "the State holding such a value.",
                 )
             )
-        found[cell] = flat, given
-    return found
+        fitting[cell] = flat, structure
+    return fitting
 
 
-def _misfits(record: Record, states: Sequence[State | None]) -> list[str]:
+def _misfits(found: _Found) -> list[str]:
     problems = []
-    for cell, state in zip(record.program.order, states, strict=True):
+    for cell, state in zip(found.program.order, found.states, strict=True):
         if state is None:
             problems.append(f"{cell.describe()} is gone")
-        elif cell in record.program.reads:
-            problem = record.program.misfit(cell, *access.current(state._cell))
+        elif cell in found.program.reads:
+            problem = found.program.misfit(cell, *access.current(state._cell))
             if problem:
                 problems.append(f"{cell.describe()}: {problem}")
     return problems

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .. import _compat
 from .._compat import Tracer
 from .._errors import foreign_creation, foreign_read, foreign_write
-from .cell import UNSET, Cell, Value, commit, committed, lock
+from .cell import UNSET, Cell, Value, commit, committed, lock, shared
 from .structure import Structure, leaves_of
 
 if TYPE_CHECKING:
@@ -34,6 +34,40 @@ def value_of(cell: Cell) -> Any:
     return structure.unflatten(flat)
 
 
+class StandIns:
+    """States that a traced function sees others in the place of.
+
+    The States of a call's arguments are stand-ins inside: a program speaks of the first,
+    second, … State of the arguments. A function that reaches one of them in another way
+    as well (by a global, its closure, another State's value) still means that State;
+    `reached` says which, for the program is about these very States then.
+    """
+
+    __slots__ = ("_cells", "_outer", "reached")
+
+    def __init__(self, cells: Mapping[Cell, Cell]):
+        self._cells = cells
+        self._outer = None if local.frame is None else local.frame.stand_ins
+        self.reached: dict[Cell, None] = {}
+
+    def __call__(self, cell: Cell) -> Cell:
+        if self._outer is not None:
+            cell = self._outer(cell)
+        stand_in = self._cells.get(cell)
+        if stand_in is None:
+            return cell
+        self.reached[cell] = None
+        return stand_in
+
+
+def resolve(cell: Cell) -> Cell:
+    """The cell, or the stand-in that the frame there is has for it."""
+    frame = local.frame
+    if frame is None or frame.stand_ins is None:
+        return cell
+    return frame.stand_ins(cell)
+
+
 _INNERMOST: Any = object()
 
 
@@ -46,6 +80,10 @@ def current(cell: Cell, frame: Frame | None = _INNERMOST) -> Value:
         if found is not None:
             return found
         frame = frame.parent
+    # Without waiting for a donating call: a State that it has keeps its structure.
+    version, flat, structure = shared.version, cell.flat, cell.structure
+    if version == shared.version and not version & 1:
+        return flat, structure
     with lock:  # the two are of one commit
         return cell.flat, cell.structure
 

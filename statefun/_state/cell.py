@@ -72,35 +72,47 @@ jtu.register_pytree_node(
 
 
 class _Shared:
-    """Counters that let a call see at a glance that nothing else happened."""
+    """What a call looks at to see that nothing else has happened.
 
-    __slots__ = ("busy", "generation", "structures", "taken", "version")
+    Only this module and the hot path in `_call.fast` assign these, and only while they
+    hold `lock`.
+    """
+
+    __slots__ = ("generation", "structures", "taken", "version")
 
     def __init__(self) -> None:
-        self.taken: dict[Cell, int] = {}  # States lent to a donating call: by thread
-        # Frames under way and States taken, in any thread: while there are none, a call
-        # needs to look for neither.
-        self.busy = 0
+        self.taken: dict[Cell, int] = {}  # States that a donating call has: by thread
         # Grows by two with every commit, and is odd while one is being made: values that
         # were read between two looks at the same even number are of one moment.
         self.version = 0
         self.structures = 0  # grows when a State changes structure
-        self.generation = 0  # see `forget_inner_traces`
+        self.generation = 0  # see `_trace.stale`
 
 
 shared = _Shared()
 lock = threading.RLock()
-"""Held for the moment of a snapshot or a commit, never while JAX runs. Re-entrant,
-because a finalizer that touches a State may run at any moment."""
-_given_back = threading.Condition(lock)
+"""Held for the moment of a commit, never while JAX runs. Re-entrant, because a finalizer
+that touches a State may run at any moment."""
+_returned = threading.Condition(lock)
+
+
+def snapshot(cells: Sequence[Cell]) -> tuple[int, list[Value]]:
+    """The values of States as they were at one moment, and the version of that moment.
+
+    Waits for a donating call that has one of them.
+    """
+    version = shared.version
+    values = [(cell.flat, cell.structure) for cell in cells]
+    if version == shared.version and not (version & 1 or shared.taken):
+        return version, values
+    with lock:
+        wait_for(cells)
+        return shared.version, [(cell.flat, cell.structure) for cell in cells]
 
 
 def committed(cell: Cell) -> Value:
-    with lock:
-        if shared.taken:
-            wait_for([cell])
-        flat, structure = cell.flat, cell.structure
-    if flat is UNSET:
+    _, (value,) = snapshot((cell,))
+    if value[0] is UNSET:
         raise StateTraceError(
             message(
                 f"{cell.describe()} has no value.",
@@ -110,42 +122,67 @@ def committed(cell: Cell) -> Value:
                 "State outside.",
             )
         )
-    return flat, structure
+    return value
 
 
 def commit(writes: Mapping[Cell, Value], seen: Mapping[Cell, Any]) -> bool:
-    """Writes all the values in one step, unless one has changed since it was seen."""
-    with lock:
+    """Writes all the values in one step, unless one has changed since it was seen.
+
+    An exception that arrives in the middle (a `KeyboardInterrupt` may come between any
+    two instructions) leaves either none of the values written or all of them.
+    """
+    before = None
+    try:
+        lock.acquire()
         if shared.taken:
             wait_for(writes)
-        if any(c.flat is not seen[c] for c in writes if c in seen):
-            return False
-        assign(
-            writes,
-            [flat for flat, _ in writes.values()],
-            [structure for _, structure in writes.values()],
-        )
+        for cell in writes:
+            if cell in seen and cell.flat is not seen[cell]:
+                lock.release()
+                return False
+        old = [cell.flat for cell in writes]  # no finalizer runs before all is written
+        before = shared.version
+        _assign(writes, before)
+        lock.release()
+        del old
+    except BaseException:
+        recover(writes, before)
+        raise
     return True
 
 
-def assign(
-    cells: Iterable[Cell], flats: Iterable[Any], structures: Iterable[Structure]
-) -> None:
-    """Sets values; to be called with the lock held."""
-    shared.version += 1
-    for cell, flat, structure in zip(cells, flats, structures, strict=True):
+def _assign(writes: Mapping[Cell, Value], before: int) -> None:
+    shared.version = before | 1  # as it is where a finalizer commits within a commit
+    for cell, (flat, structure) in writes.items():
         cell.flat = flat
         if cell.structure is not structure:
             cell.structure = structure
             shared.structures += 1
-    shared.version += 1
+    if not before & 1:
+        shared.version = before + 2
+
+
+def recover(writes: Mapping[Cell, Value], before: int | None) -> None:
+    """After an exception in a commit: completes it, if it had begun, and lets go.
+
+    Whether this thread holds the lock is not known: the exception may have come just
+    before or just after it was taken or given back.
+    """
+    if not lock.acquire(blocking=False):
+        return  # another thread has it, so this one does not
+    if before is not None and shared.version == before | 1:
+        _assign(writes, before)
+    lock.release()
+    with contextlib.suppress(RuntimeError):  # not held a second time
+        lock.release()
 
 
 def wait_for(cells: Iterable[Cell]) -> None:
-    """To be called with the lock held: waits until no other thread has the States."""
+    """Waits until no other thread has the States."""
     cells, me = list(cells), threading.get_ident()
-    while any(shared.taken.get(cell, me) != me for cell in cells):
-        _given_back.wait()
+    with lock:
+        while any(shared.taken.get(cell, me) != me for cell in cells):
+            _returned.wait()
 
 
 @contextlib.contextmanager
@@ -154,17 +191,16 @@ def turn(cells: Sequence[Cell]) -> Iterator[None]:
     if not cells:
         yield
         return
-    with lock:
-        wait_for(cells)
-        mine = [cell for cell in cells if cell not in shared.taken]
-        shared.taken.update(dict.fromkeys(mine, threading.get_ident()))
-        shared.busy += 1
-        shared.version += 2  # a call that has read their values must look again
+    mine: list[Cell] = []
     try:
+        with lock:
+            wait_for(cells)
+            mine = [cell for cell in cells if cell not in shared.taken]
+            shared.taken.update(dict.fromkeys(mine, threading.get_ident()))
+            shared.version += 2  # a call that has read their values must look again
         yield
     finally:
         with lock:
-            shared.busy -= 1
             for cell in mine:
-                del shared.taken[cell]
-            _given_back.notify_all()
+                shared.taken.pop(cell, None)
+            _returned.notify_all()

@@ -71,9 +71,17 @@ class State(Generic[T]):
         that do it at the same time may count once. Inside `filter_jit` both count.
     """
 
-    __slots__ = ("__weakref__", "_cell")
+    __slots__ = ("__weakref__", "_own")
 
-    _cell: Cell
+    _own: Cell
+
+    @property
+    def _cell(self) -> Cell:
+        """Where the value is: in a trace of which this is an argument, a stand-in."""
+        frame = access.local.frame
+        if frame is None or frame.stand_ins is None:
+            return self._own
+        return frame.stand_ins(self._own)
 
     # A kind of State whose value, though it is shared, differs between the lanes of a
     # vmap or the devices of a shard_map (random keys) says here what lane `index` of
@@ -91,7 +99,7 @@ class State(Generic[T]):
         cell = Cell(type(self), name, where)
         cell.handle = weakref.ref(self)
         access.create(cell, flat, structure)
-        self._cell = cell
+        self._own = cell
 
     @property
     def value(self) -> T:
@@ -169,9 +177,9 @@ class State(Generic[T]):
     def _stand_in(self, path: str) -> State[T]:
         """A State of the same kind and name without a value, for a traced function."""
         new = self._shell()._bare()
-        new._cell = Cell(type(self), self.name, self._cell.where)
-        new._cell.path = path
-        new._cell.handle = weakref.ref(new)
+        new._own = Cell(type(self), self.name, self._own.where)
+        new._own.path = path
+        new._own.handle = weakref.ref(new)
         return new
 
     def _like(self, value: Value) -> State[T]:
@@ -221,7 +229,7 @@ def _attributes(state: State) -> dict[str, Any]:
     return own | dict(getattr(state, "__dict__", {}))
 
 
-_OWN = ("__weakref__", "__dict__", "_cell")
+_OWN = ("__weakref__", "__dict__", "_own")
 
 
 def is_state(x: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import types
+import weakref
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ class _Identity:
         return repr(self.obj)
 
 
-_PLAIN_KEYS = frozenset({str, bytes, int, bool, type(None), type, types.FunctionType})
+_PLAIN_KEYS = frozenset({str, bytes, int, bool, type(None), type})
+_WEAK_KEYS = (weakref.ref, weakref.WeakMethod)
 
 
 def static_key(leaf: Any) -> Any:
@@ -40,10 +42,20 @@ def static_key(leaf: Any) -> Any:
     Type and value count: `1`, `1.0` and `True` are three keys, and so are `0.0` and
     `-0.0`; `nan` is equal to itself, or every call with one would retrace. The same
     holds for what sits in a tuple, a frozenset or a frozen dataclass.
+
+    What is equal to itself only (a function, an object without `__eq__`) is held weakly:
+    once it is gone nobody can pass it again, and a key must not keep it, nor what it
+    closes over, alive.
     """
     kind = type(leaf)
     if kind in _PLAIN_KEYS:
         return kind, leaf
+    if kind is types.FunctionType:
+        return kind, weakref.ref(leaf)
+    if kind is types.MethodType and type(leaf.__self__).__eq__ is object.__eq__:
+        return kind, weakref.WeakMethod(leaf)
+    if kind.__eq__ is object.__eq__ and kind.__weakrefoffset__:
+        return kind, weakref.ref(leaf)
     try:
         hash(leaf)
     except TypeError:
@@ -55,6 +67,11 @@ def static_key(leaf: Any) -> Any:
     exact = tuple(numbers)
     # A nan is not equal to another nan: there the bits have to do.
     return (kind, exact) if isinstance(leaf, _NUMBERS) else (kind, leaf, exact)
+
+
+def is_weak(key: Any) -> bool:
+    """Whether a `static_key` holds its leaf weakly."""
+    return type(key) is tuple and type(key[1]) in _WEAK_KEYS
 
 
 def is_identity(key: Any) -> bool:

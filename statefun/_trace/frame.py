@@ -37,8 +37,8 @@ from .._errors import (
     message,
     mutated,
 )
-from .._state.access import current, local, read_inside_raw_transform
-from .._state.cell import UNSET, Cell, Value, commit, committed, lock, shared
+from .._state.access import StandIns, current, local, read_inside_raw_transform
+from .._state.cell import UNSET, Cell, Value, commit, committed, shared
 from .._state.structure import Structure, flat_of, leaves_of
 from .stale import forget_inner_traces, state_probe_p, trace_context
 
@@ -76,6 +76,7 @@ class Frame:
     _keeps = False
     _top = False
     known: Mapping[Cell, Value] = types.MappingProxyType({})
+    stand_ins: StandIns | None = None
 
     def __init__(self) -> None:
         self.parent: Frame | None = None
@@ -91,16 +92,14 @@ class Frame:
 
     def __enter__(self) -> Frame:
         self.parent = local.frame
+        if self.stand_ins is None and self.parent is not None:
+            self.stand_ins = self.parent.stand_ins
         self._trace = _compat.current_trace()
         local.frame = self
-        with lock:
-            shared.busy += 1
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         local.frame = self.parent
-        with lock:
-            shared.busy -= 1
         self._contexts.close()
         try:
             if kind is None:
@@ -108,7 +107,7 @@ class Frame:
         finally:
             self.reads, self.writes = {}, {}
             self._handed.clear()
-            self._trace = self.parent = None
+            self._trace = self.parent = self.stand_ins = None
 
     def read(self, cell: Cell) -> Value:
         if not self.is_current():
@@ -256,13 +255,19 @@ class TracedFrame(Frame):
 
     - `known`: values of States that stand in for the parent's. Only what they look like
         matters here.
+    - `stand_ins`: see `StandIns`.
     """
 
     _keeps = True
 
-    def __init__(self, known: Mapping[Cell, Value] | None = None):
+    def __init__(
+        self,
+        known: Mapping[Cell, Value] | None = None,
+        stand_ins: StandIns | None = None,
+    ):
         super().__init__()
         self.known = known or {}
+        self.stand_ins = stand_ins
         self.avals: dict[Cell, tuple] = {}
         self.probes = 0
 

@@ -17,6 +17,7 @@ import jax.extend.core as jec
 
 from .. import _compat
 from .._compat import Tracer
+from .._state.access import StandIns
 from .._state.cell import Cell, Value, Values
 from .._state.structure import Structure, flat_of, leaves_of
 from .._trace.result import OutTree, flatten_out, refuse_bare_state
@@ -47,6 +48,7 @@ class Program:
     in_avals: tuple  # of the arguments
     read_avals: dict[Cell, tuple]
     n_out: int  # arrays of the result
+    reached: tuple[Cell, ...] = ()  # of `stand_ins`: those reached in another way
 
     @property
     def jaxpr(self) -> Any:
@@ -145,6 +147,7 @@ def trace(
     known: Mapping[Cell, Value] | None = None,
     arg_index: Mapping[Cell, int] | None = None,
     axis_env: Any = None,
+    stand_ins: Mapping[Cell, Cell] | None = None,
 ) -> Program:
     """Traces `run(*dynamic)`, once, to a `Program`.
 
@@ -155,10 +158,12 @@ def trace(
     - `known`: values that stand in for those of the States they belong to.
     - `arg_index`: the stand-ins for States of arguments, by position.
     - `axis_env`: as in `jax.make_jaxpr`.
+    - `stand_ins`: for States of the arguments, by the States that they stand for.
 
     **Raises:** `TypeError` if a State is returned bare or in a plain container.
     """
-    frame = TracedFrame(known)
+    seen_as = StandIns(stand_ins) if stand_ins else None
+    frame = TracedFrame(known, seen_as)
     found: dict[str, Any] = {}
 
     def flat(*leaves: Any) -> list[Any]:
@@ -188,6 +193,7 @@ def trace(
     return Program(
         closed=closed,
         order=tuple(c for c in frame.order if c not in frame.created),
+        reached=tuple(seen_as.reached) if seen_as is not None else (),
         in_avals=tuple(v.aval for v in closed.jaxpr.invars[: len(dynamic)]),
         read_avals=frame.avals,
         **found,

@@ -11,9 +11,10 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
-from .._call.args import Signature, Static
-from .._call.cache import Record, trace_context
-from .._call.entry import Entry
+from .._call.args import Signature, Static, Weak
+from .._call.compiled import Trace
+from .._call.keys import jax_configuration
+from .._call.site import Site
 from .._state import access
 from .._state.cell import UNSET, Cell, Value
 from .._state.state import State
@@ -86,20 +87,18 @@ _PHRASES: dict[str, str] = {
 class Present:
     """What a function is about to be traced for."""
 
-    def __init__(
-        self, entry: Entry, dynamic: Sequence[Any], known: Mapping[Cell, Value]
-    ):
-        self.entry = entry
+    def __init__(self, site: Site, dynamic: Sequence[Any], known: Mapping[Cell, Value]):
+        self.site = site
         self.known = known
         self.avals = tuple(jax.typeof(x) for x in dynamic)
-        self.key = entry.cache_key(self.avals)
+        self.key = site.cache_key(self.avals)
         self.configuration = configuration()
-        self._context = trace_context()
-        self.parameters = Parameters(entry.traces.fun)
+        self._context = jax_configuration()
+        self.parameters = Parameters(site.calls.fun)
         self._captured: Captured | None = None
         self._avals: dict[Cell, tuple] = {}
-        # In another entry, the State at the same place of the arguments.
-        self._by_path = {cell.path: cell for cell in entry.arg_cells}
+        # In another site, the State at the same place of the arguments.
+        self._by_path = {cell.path: cell for cell in site.arg_cells}
 
     def name(self, cell: Cell) -> str:
         if cell.path:
@@ -108,19 +107,19 @@ class Present:
             # What is passed may be a function, too: the body of a scan.
             arguments = [
                 (self.parameters.path(keys), leaf)
-                for keys, leaf in leaves_with_path(self.entry.signature)
+                for keys, leaf in leaves_with_path(self.site.signature)
                 if not isinstance(leaf, State)
             ]
-            self._captured = Captured(self.entry.traces.fun, arguments)
+            self._captured = Captured(self.site.calls.fun, arguments)
         return self._captured.states.get(cell) or cell.name or cell.describe()
 
     def current(self, cell: Cell) -> Value:
         return self.known.get(cell) or access.current(cell)
 
-    def distance(self, entry: Entry, record: Record) -> int:
+    def distance(self, site: Site, trace: Trace) -> int:
         """About how many differences there are to an earlier trace, found out fast."""
-        n = int(record.context is not self._context)
-        old = record.key
+        n = int(trace.configuration is not self._context)
+        old = trace.key
         for a, b in (
             (old.static_args, self.key.static_args),
             (old.static_kwargs, self.key.static_kwargs),
@@ -128,8 +127,8 @@ class Present:
             (old.dyn_kwargs, self.key.dyn_kwargs),
         ):
             n += _count(a, b)
-        for cell, structure, avals in record.program.reads_with_avals():
-            here = self._here(entry, cell)
+        for cell, structure, avals in trace.program.reads_with_avals():
+            here = self._here(site, cell)
             if here is not None:
                 flat, present = self.current(here)
                 if present is not structure:
@@ -138,8 +137,8 @@ class Present:
                     n += _count(avals, self._state_avals(here, flat, structure))
         return n
 
-    def _here(self, entry: Entry, cell: Cell) -> Cell | None:
-        return self._by_path.get(cell.path) if cell in entry.arg_cells else cell
+    def _here(self, site: Site, cell: Cell) -> Cell | None:
+        return self._by_path.get(cell.path) if cell in site.arg_cells else cell
 
     def _state_avals(self, cell: Cell, flat: Any, structure: Structure) -> tuple:
         found = self._avals.get(cell)
@@ -148,34 +147,34 @@ class Present:
             self._avals[cell] = found
         return found
 
-    def differences(self, entry: Entry, record: Record, before: dict) -> list[Cause]:
+    def differences(self, site: Site, trace: Trace, before: dict) -> list[Cause]:
         """What is different from an earlier trace."""
         return [
-            *self._static(entry),
-            *self._arguments(entry, record),
-            *self._states(entry, record),
-            *self._configuration(record, before),
+            *self._static(site),
+            *self._arguments(site, trace),
+            *self._states(site, trace),
+            *self._configuration(trace, before),
         ]
 
-    def _configuration(self, record: Record, before: dict) -> Iterator[Cause]:
+    def _configuration(self, trace: Trace, before: dict) -> Iterator[Cause]:
         causes = list(_configurations(before, self.configuration))
-        if not causes and record.context is not self._context:
+        if not causes and trace.configuration is not self._context:
             # Something that jax keys its caches by, and gives no name.
             causes = [Cause("configuration", "a user context, or its caches cleared")]
         yield from causes
 
-    def _static(self, entry: Entry) -> Iterator[Cause]:
-        old, new = entry.signature, self.entry.signature
-        if old is new or entry.cache_key(()) == self.entry.cache_key(()):
+    def _static(self, site: Site) -> Iterator[Cause]:
+        old, new = site.signature, self.site.signature
+        if old is new or site.cache_key(()) == self.site.cache_key(()):
             return
         causes = list(_compare_calls(old, new, self.parameters))
         yield from causes or [Cause("sharing")]
 
-    def _arguments(self, entry: Entry, record: Record) -> Iterator[Cause]:
-        if record.program.in_avals == self.avals and entry is self.entry:
+    def _arguments(self, site: Site, trace: Trace) -> Iterator[Cause]:
+        if trace.program.in_avals == self.avals and site is self.site:
             return
-        old = dict(zip(_places(entry.signature), record.program.in_avals, strict=True))
-        new = zip(_places(self.entry.signature), self.avals, strict=True)
+        old = dict(zip(_places(site.signature), trace.program.in_avals, strict=True))
+        new = zip(_places(self.site.signature), self.avals, strict=True)
         for keys, aval in new:
             before = old.get(keys)
             if before is not None and before != aval:
@@ -183,20 +182,20 @@ class Present:
                     "argument", self.parameters.path(keys), *aval_change(before, aval)
                 )
 
-    def _states(self, entry: Entry, record: Record) -> Iterator[Cause]:
-        for cell, structure, avals in record.program.reads_with_avals():
-            here = self._here(entry, cell)
+    def _states(self, site: Site, trace: Trace) -> Iterator[Cause]:
+        for cell, structure, avals in trace.program.reads_with_avals():
+            here = self._here(site, cell)
             if here is None:
                 continue
             change = state_change(self.current(here), structure, avals)
             if change is not None:
                 name = self.name(cell)
-                if cell in entry.arg_cells:
+                if cell in site.arg_cells:
                     name = self._argument_name(here)
                 yield Cause("state", name, *change)
 
     def _argument_name(self, cell: Cell) -> str:
-        signature = self.entry.signature
+        signature = self.site.signature
         for keys, leaf in leaves_with_path(signature):
             if isinstance(leaf, State) and leaf._cell is cell:
                 return self.parameters.path(keys)
@@ -279,8 +278,13 @@ def _at(path: str) -> str:
 
 
 def leaves_with_path(signature: Signature) -> list[tuple[tuple, Any]]:
+    """The leaves of a call: of what is held weakly the thing itself while it lives."""
     tree = signature.treedef.unflatten(range(len(signature.leaves)))
-    return [(keys, signature.leaves[i]) for keys, i in jtu.tree_leaves_with_path(tree)]
+    leaves = [
+        (leaf.peek() or leaf) if type(leaf) is Weak else leaf
+        for leaf in signature.leaves
+    ]
+    return [(keys, leaves[i]) for keys, i in jtu.tree_leaves_with_path(tree)]
 
 
 def _places(signature: Signature) -> list[tuple]:
@@ -291,8 +295,10 @@ def _places(signature: Signature) -> list[tuple]:
 def _compare_calls(
     old: Signature, new: Signature, parameters: Parameters
 ) -> Iterator[Cause]:
-    old_args, old_kwargs = old.treedef.unflatten(old.leaves)
-    new_args, new_kwargs = new.treedef.unflatten(new.leaves)
+    (old_args, old_kwargs), (new_args, new_kwargs) = (
+        s.treedef.unflatten([leaf for _, leaf in leaves_with_path(s)])
+        for s in (old, new)
+    )
     for i, (a, b) in enumerate(zip(old_args, new_args, strict=False)):
         yield from _compare(a, b, parameters.positional(i))
     for name in old_kwargs.keys() & new_kwargs.keys():

@@ -11,11 +11,10 @@ import jax.extend.core as jec
 import jax.tree_util as jtu
 
 from .._call.args import Static
-from .._call.cache import Record
-from .._call.call import Caller
-from .._call.compiled import Options
-from .._call.entry import Entry
+from .._call.calls import Calls
+from .._call.compiled import Options, Trace
 from .._call.function import StatefulFunction, name_of
+from .._call.site import Site
 from .._state.cell import Cell
 from .._state.state import State
 from .._state.structure import ARRAY, Structure
@@ -70,21 +69,20 @@ def explain(
     """
     fun, options, args = _unwrapped(fn, args)
     passes = options.ir_optimizations or OPTIMIZATIONS
-    caller = unobserved(Caller(fun, options._replace(ir_optimizations=())))
+    calls = unobserved(Calls(fun, options._replace(ir_optimizations=())))
     # Of a function that runs eagerly there would be nothing to see.
     with jax.disable_jit(False):
-        entry, dynamic, states = caller.entry(args, kwargs)
-        record = entry.look_up(dynamic, states, trace=True)
-        assert record is not None, "a trace was asked for"
-        program = record.program
+        site, trace, *_ = calls.find(args, kwargs)
+        assert trace is not None, "a trace was asked for"
+        program = trace.program
         optimized = optimize_jaxpr(program.closed, passes)
         cost = None
         if compile:
             if options.ir_optimizations:
                 # What is compiled is what the function itself would compile.
-                record.program = dataclasses.replace(program, closed=optimized)
-            cost = _cost(caller.ahead_of_time(args, kwargs).traced.lower().compile())
-    looked_at = _Traced(fun, options, entry, record, program)
+                trace.program = dataclasses.replace(program, closed=optimized)
+            cost = _cost(calls.trace_ahead(args, kwargs)[2].lower().compile())
+    looked_at = _Traced(fun, options, site, trace, program)
     return Report(
         name=options.name,
         states=looked_at.states(),
@@ -109,7 +107,7 @@ def _unwrapped(fn: Any, args: tuple) -> tuple[Any, Options, tuple]:
     if not callable(fn):
         raise TypeError(f"explain takes a function and its arguments, not {fn!r}.")
     if isinstance(fn, Jitted | StatefulFunction):
-        return fn._caller.fun, fn._caller.options, args
+        return fn._calls.fun, fn._calls.options, args
     return fn, Options(name=name_of(fn)), args
 
 
@@ -120,16 +118,16 @@ class _Traced:
         self,
         fun: Any,
         options: Options,
-        entry: Entry,
-        record: Record,
+        site: Site,
+        trace: Trace,
         program: Program,
     ):
-        self.options, self.entry, self.record = options, entry, record
+        self.options, self.site, self.trace = options, site, trace
         self.program = program
         self.parameters = Parameters(fun)
         self.leaves = [
             (self.parameters.path(keys), leaf.value if type(leaf) is Static else leaf)
-            for keys, leaf in leaves_with_path(entry.signature)
+            for keys, leaf in leaves_with_path(site.signature)
         ]
         # What is passed may be a function, too: the body of a scan.
         self.captured = Captured(
@@ -151,7 +149,7 @@ class _Traced:
             new = _leaves(program.writes[cell], program.written_avals(cell))
             if [x.type for x in new] != [x.type for x in arrays]:
                 becomes = type_of(new)
-        donates = self.options.donate_states and not self.record.may_fail
+        donates = self.options.donate_states and not self.trace.may_fail
         return StateUse(
             path=self._path(cell),
             kind=cell.kind.__name__,
@@ -175,7 +173,7 @@ class _Traced:
     # -- arrays --
 
     def arguments(self) -> tuple[Leaf, ...]:
-        donated = set() if self.record.may_fail else set(self.entry.donated)
+        donated = set() if self.trace.may_fail else set(self.site.donated_leaves)
         avals = iter(enumerate(self.program.in_avals))
         found = []
         for path, leaf in self.leaves:
@@ -198,7 +196,7 @@ class _Traced:
             elif type(leaf) is Reference:
                 found.append(Leaf(path, static=self._described(leaf.cell)))
             elif type(leaf) is Argument:
-                stand_in = self.entry.signature.stand_ins[leaf.index]
+                stand_in = self.site.signature.stand_ins[leaf.index]
                 found.append(Leaf(path, static=self._described(stand_in._cell)))
             else:
                 found.append(Leaf(path, static=text(leaf)))

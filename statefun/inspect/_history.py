@@ -9,9 +9,8 @@ from typing import Any
 
 import jax
 
-from .._call.cache import Record
-from .._call.call import Caller
-from .._call.entry import Traces
+from .._call.calls import Calls
+from .._call.compiled import Trace
 from .._state.structure import leaves_of
 from ._causes import Cause, Present
 
@@ -60,7 +59,7 @@ class Ghost:
             return False
         if self.cause.kind == "gone":
             return True
-        cells = list(present.entry.arg_cells)
+        cells = list(present.site.arg_cells)
         for where, structure, avals in self.reads:
             cell = cells[where] if isinstance(where, int) else where()
             if cell is None:
@@ -81,7 +80,7 @@ class History:
     def __init__(self) -> None:
         self.retraces: deque[Retrace] = deque(maxlen=KEPT)
         self.ghosts: deque[Ghost] = deque(maxlen=_GHOSTS)
-        self.configurations: weakref.WeakKeyDictionary[Record, dict]
+        self.configurations: weakref.WeakKeyDictionary[Trace, dict]
         self.configurations = weakref.WeakKeyDictionary()
         self.begun = 0
         self.last = ""  # how the last trace went
@@ -94,19 +93,19 @@ class History:
             if ghost.matches(present):
                 self.ghosts.remove(ghost)
                 return (ghost.cause,)
-        records = [
-            (record, entry)
-            for entry in list(present.entry.traces.entries.values())
-            for record in list(entry.records)
-            if record in self.configurations
+        found = [
+            (trace, site)
+            for site in list(present.site.calls.sites.values())
+            for trace in list(site.traces)
+            if trace in self.configurations
         ]
-        records.sort(key=lambda found: -found[0].tick)
+        found.sort(key=lambda found: -found[0].tick)
         # The most similar of the newest: looking closely takes time.
         near = sorted(
-            records[:_LOOKED_AT], key=lambda found: present.distance(found[1], found[0])
+            found[:_LOOKED_AT], key=lambda found: present.distance(found[1], found[0])
         )
-        for record, entry in near[:2]:
-            causes = present.differences(entry, record, self.configurations[record])
+        for trace, site in near[:2]:
+            causes = present.differences(site, trace, self.configurations[trace])
             if causes:
                 return tuple(causes)
         return (self._alone(present),)
@@ -126,13 +125,13 @@ class Silent(History):
     """Of a function that is only looked at."""
 
 
-def history_of(traces: Traces) -> History:
-    if traces.history is None:
-        traces.history = History()
-    return traces.history
+def history_of(calls: Calls) -> History:
+    if calls.history is None:
+        calls.history = History()
+    return calls.history
 
 
-def unobserved(caller: Caller) -> Caller:
-    """Makes the traces of a caller nobody's business."""
-    caller.history = Silent()
-    return caller
+def unobserved(calls: Calls) -> Calls:
+    """Keeps no history of the traces of these calls."""
+    calls.history = Silent()
+    return calls

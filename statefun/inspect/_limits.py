@@ -8,8 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from .._call.call import Caller
-from .._call.entry import Traces
+from .._call.calls import Calls
 from .._errors import message
 from ._history import History, Retrace, history_of
 
@@ -34,7 +33,7 @@ class _Budget:
 
     def __init__(self, limit: int):
         self.limit = limit
-        self.counts: weakref.WeakKeyDictionary[Traces, int]
+        self.counts: weakref.WeakKeyDictionary[Calls, int]
         self.counts = weakref.WeakKeyDictionary()
 
 
@@ -42,16 +41,16 @@ _budgets: contextvars.ContextVar[tuple[_Budget, ...]]
 _budgets = contextvars.ContextVar("statefun_max_traces", default=())
 
 
-def check_limits(traces: Traces, history: History, retrace: Retrace) -> None:
+def check_limits(calls: Calls, history: History, retrace: Retrace) -> None:
     for begun, limit in history.limits:
         if history.begun - begun >= limit:
             raise _beyond(limit, retrace)
     budgets = _budgets.get()
     for budget in budgets:
-        if budget.counts.get(traces, 0) >= budget.limit:
+        if budget.counts.get(calls, 0) >= budget.limit:
             raise _beyond(budget.limit, retrace)
     for budget in budgets:
-        budget.counts[traces] = budget.counts.get(traces, 0) + 1
+        budget.counts[calls] = budget.counts.get(calls, 0) + 1
 
 
 def _beyond(limit: int, retrace: Retrace) -> TraceLimitError:
@@ -114,9 +113,9 @@ class max_traces:
         _budgets.reset(self._tokens.pop())
 
     def __call__(self, fun: F) -> F:
-        caller = getattr(fun, "_caller", None)
-        if isinstance(caller, Caller):
-            history = history_of(caller)
+        calls = getattr(fun, "_calls", None)
+        if isinstance(calls, Calls):
+            history = history_of(calls)
             history.limits.append((history.begun, self.n))
             return fun
 

@@ -10,17 +10,19 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .._call import entry as _entry
-from .._call.cache import Record
-from .._call.entry import Entry, Observer, Traces
+from .._call.args import Weak
+from .._call.calls import Calls, Observer
+from .._call.compiled import Trace
+from .._call.site import Site
 from .._state.cell import Cell, Value
-from ._causes import Cause, Kind, Present
+from ._causes import Cause, Kind, Present, leaves_with_path
 from ._history import KEPT, Ghost, Retrace, Silent, history_of
 from ._limits import check_limits
+from ._names import Parameters
 
 logger = logging.getLogger("statefun")
 
-_WHY: dict[str, Kind] = {"full": "cache full", "cleared": "cleared", "gone": "gone"}
+_WHY: dict[str, Kind] = {"full": "cache full", "cleared": "cleared"}
 
 
 class _Observer(Observer):
@@ -29,16 +31,16 @@ class _Observer(Observer):
     _lock = threading.Lock()
 
     def tracing(
-        self, entry: Entry, dynamic: Sequence[Any], known: Mapping[Cell, Value]
+        self, site: Site, dynamic: Sequence[Any], values: Mapping[Cell, Value]
     ) -> None:
-        history = history_of(entry.traces)
+        history = history_of(site.calls)
         if isinstance(history, Silent):
             return
-        present = Present(entry, dynamic, known)
+        present = Present(site, dynamic, values)
         causes = history.causes(present)
-        name = entry.traces.options.name
+        name = site.calls.options.name
         retrace = Retrace(name, history.begun + 1, causes)
-        check_limits(entry.traces, history, retrace)
+        check_limits(site.calls, history, retrace)
         with self._lock:
             history.begun += 1
             history.retraces.append(retrace)
@@ -50,38 +52,50 @@ class _Observer(Observer):
         if _logs():
             logger.warning("%s", retrace)
 
-    def traced(self, entry: Entry, record: Record) -> None:
-        history = history_of(entry.traces)
+    def traced(self, site: Site, trace: Trace) -> None:
+        history = history_of(site.calls)
         with self._lock:
-            history.last = "tracer" if record.program.closed_over_tracers else "kept"
-            under_way = threading.get_ident(), hash(record.key)
+            history.last = "tracer" if trace.program.closed_over_tracers else "kept"
+            under_way = threading.get_ident(), hash(trace.key)
             configuration = history.pending.pop(under_way, None)
             if configuration is not None:
-                history.configurations[record] = configuration
+                history.configurations[trace] = configuration
 
-    def forgetting(self, traces: Traces, records: Sequence[Record], why: str) -> None:
-        history = history_of(traces)
-        for record in records:
-            program = record.program
-            index = {cell: i for i, cell in enumerate(record._arg_cells)}
+    def forgetting(self, calls: Calls, traces: Sequence[Trace], why: str) -> None:
+        self._bury(calls, traces, Cause(_WHY[why]))
+
+    def dropping(self, site: Site) -> None:
+        states = [c.path or c.name or c.describe() for c in site.gone()]
+        cause = Cause("gone", states[0]) if states else _gone_leaf(site)
+        self._bury(site.calls, site.traces, cause)
+
+    def _bury(self, calls: Calls, traces: Sequence[Trace], cause: Cause) -> None:
+        history = history_of(calls)
+        for trace in traces:
+            places = zip(trace.program.order, trace.positions, strict=True)
+            index = {cell: i for cell, i in places if i is not None}
             reads = tuple(
                 (index.get(cell, weakref.ref(cell)), hash(structure.key), avals)
-                for cell, structure, avals in program.reads_with_avals()
+                for cell, structure, avals in trace.program.reads_with_avals()
             )
-            lost = [
-                cell.path or cell.name or cell.describe()
-                for cell in program.order
-                if cell not in index and (cell.handle is None or cell.handle() is None)
-            ]
-            cause = Cause(_WHY[why], lost[0] if lost and why == "gone" else "")
-            history.ghosts.append(Ghost(cause, hash(record.key), reads))
+            history.ghosts.append(Ghost(cause, hash(trace.key), reads))
 
-    def history(self, traces: Traces) -> list[Any]:
+    def history(self, calls: Calls) -> list[Any]:
         with self._lock:
-            return list(history_of(traces).retraces)
+            return list(history_of(calls).retraces)
 
 
-_entry.observer = _Observer()
+def _gone_leaf(site: Site) -> Cause:
+    """A function, or another object that is equal to itself only, that was passed."""
+    parameters = Parameters(site.calls.fun)
+    for keys, leaf in leaves_with_path(site.signature):
+        if type(leaf) is Weak and leaf.peek() is None:
+            old = f"{leaf.label}, which is gone"
+            return Cause("static", parameters.path(keys), "value", old, "another one")
+    return Cause("gone")
+
+
+Calls.observer = _Observer()
 
 
 # -- logging ------------------------------------------------------------------------

@@ -6,8 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from .._call import entry as _entry
-from .._call.call import Caller
+from .._call.calls import Calls
 from .._call.compiled import Options
 from .._compat import at_top_level, jit_disabled
 from .._state.access import local
@@ -23,25 +22,25 @@ def compiled_when_eager(twin: F) -> F:
     So does this: the twin itself is run as a jitted function, with the bodies among its
     static arguments. At most 128 traces are kept for each twin.
     """
-    caller = Caller(twin, Options(name=twin.__name__.lstrip("_")))
+    calls = Calls(twin, Options(name=twin.__name__.lstrip("_")))
 
     @functools.wraps(twin)
     def call(*args: Any, **kwargs: Any) -> Any:
         if local.frame is None and at_top_level() and not jit_disabled():
-            return caller.run(args, kwargs)
+            return calls.run(args, kwargs)
         return transaction(lambda: twin(*args, **kwargs))
 
-    call._caller = caller  # type: ignore[attr-defined]
+    call._calls = calls  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
 
 
 def answering_for(run: Callable[..., Any]) -> Callable[[F], F]:
     """Lets a public twin say why the one that it runs was traced: `sf.scan.retraces()`."""
-    caller = run._caller  # type: ignore[attr-defined]
+    calls = run._calls  # type: ignore[attr-defined]
 
     def answer(twin: F) -> F:
-        twin._caller = caller  # type: ignore[attr-defined]
-        twin.retraces = lambda: _entry.observer.history(caller)  # type: ignore[attr-defined]
+        twin._calls = calls  # type: ignore[attr-defined]
+        twin.retraces = lambda: Calls.observer.history(calls)  # type: ignore[attr-defined]
         return twin
 
     return answer

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, ove
 
 from jax.experimental.checkify import check_error, user_checks
 
-from .._call.call import AheadOfTime, Fast
+from .._call.fast import AheadOfTime, Fast
 from .._call.function import StatefulFunction
 from .._trace.frame import transaction
 from ._checkify import checkify as checkified
@@ -34,7 +34,7 @@ class Jitted(Fast, Generic[P, R]):
 
     def __init__(self, stateful_function: StatefulFunction[P, R]):
         self.stateful_function = stateful_function
-        self._caller = stateful_function._caller
+        self._calls = stateful_function._calls
         functools.update_wrapper(self, stateful_function.fun, updated=())
 
     if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Jitted(Fast, Generic[P, R]):
 
     def clear_cache(self) -> None:
         """Forgets everything traced and compiled."""
-        self._caller.clear()
+        self._calls.clear()
 
 
 class Checked(Jitted):
@@ -76,7 +76,7 @@ class Checked(Jitted):
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         def run() -> Any:
-            error, out = self._caller.run(args, kwargs)
+            error, out = self._calls.run(args, kwargs)
             check_error(error)  # raises; in a trace, the transform around has to see it
             return out
 
@@ -93,7 +93,7 @@ class Traced:
 
     def __init__(self, fn: Jitted, args: tuple, kwargs: dict):
         self.jaxpr = fn.stateful_function.get_jaxpr(*args, **kwargs)
-        self._call = fn._caller.ahead_of_time(args, kwargs)
+        self._call = AheadOfTime(fn._calls, args, kwargs)
 
     def lower(self) -> Lowered:
         """Lowers the traced function to StableHLO."""

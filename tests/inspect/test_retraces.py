@@ -153,6 +153,15 @@ def test_a_function_made_anew_for_each_call_is_told_from_another_one():
 
     fn(make(), 1.0)
     fn(make(), 1.0)
+    assert last(fn).startswith("other static value at `f` (")
+    assert last(fn).endswith("make.<locals>.<lambda>, which is gone → another one)")
+
+
+def test_a_function_that_looks_like_the_one_before_is_told_from_it():
+    fn = sf.filter_jit(lambda f, x: f(x))
+    first, second = [lambda x: x for _ in range(2)]
+    fn(first, 1.0)
+    fn(second, 1.0)
     assert "another function that looks the same" in last(fn)
 
 
@@ -436,8 +445,9 @@ def test_a_repr_that_raises_does_no_harm():
             raise RuntimeError("no")
 
     fn = sf.filter_jit(lambda x, y: x)
-    fn(1.0, Rude())
-    fn(1.0, Rude())
+    first, second = Rude(), Rude()
+    fn(1.0, first)
+    fn(1.0, second)
     assert last(fn).startswith("other static value at `y` (<Rude> → ")
 
 
@@ -586,7 +596,7 @@ def test_a_hit_tells_the_observer_nothing(monkeypatch):
         def __getattr__(self, name):
             raise AssertionError(f"{name} was called")
 
-    monkeypatch.setattr("statefun._call.entry.observer", Forbidden())
+    monkeypatch.setattr("statefun._call.calls.Calls.observer", Forbidden())
     fn(jnp.ones(3))
     fn(x=1) if False else fn(jnp.zeros(3))
 

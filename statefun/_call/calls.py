@@ -1,0 +1,391 @@
+"""All calls of one function: the look-up, the run, and the commit.
+
+A call goes like this:
+
+1. Its arguments are taken apart (`args`). What is static about them picks a `Site`.
+2. The values of the States that the site's programs read are read as one snapshot.
+   Their structures pick a `Compiled`: one `jax.jit`.
+3. The `jax.jit` is called. Which compiled version runs is JAX's decision, made by its
+   C++ cache from shapes, dtypes, shardings and configuration. Only where JAX misses does
+   `Compiled._body` run: there the function is traced to a program.
+4. The length of the result says which program it was (its `Trace`), and so which States
+   were written. They are committed in one step, if nobody else has written them
+   meanwhile; else the call runs again on the new values.
+
+If a program reads States, or closes over arrays, that its `Compiled` doesn't have as
+inputs, the site takes them up and the call is looked up again, with the program at hand:
+the function is not traced twice. `Restart` says so; `Calls.run` is the one place that
+catches it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from .. import _compat
+from .._errors import StateValueError, foreign_write, message
+from .._state import access
+from .._state.access import local
+from .._state.cell import Cell, Value, commit, snapshot, turn
+from .._state.state import State
+from .._trace import frame, result
+from . import args as _args
+from .compiled import Compiled, Options, Restart, Trace, constrain, present
+from .keys import CacheKey
+from .locks import TracingLock
+from .site import Site
+
+
+class Observer:
+    """Is told of every trace, and of what is forgotten. A call that hits tells nobody.
+
+    This one does nothing. `statefun.inspect._retraces` puts one in its place
+    (`Calls.observer`) that keeps the reasons of traces: code further down must not
+    import from there.
+    """
+
+    def tracing(
+        self, site: Site, dynamic: Sequence[Any], values: Mapping[Cell, Value]
+    ) -> None:
+        """A function is about to be traced; raising forbids it."""
+
+    def traced(self, site: Site, trace: Trace) -> None:
+        """It was traced."""
+
+    def forgetting(self, calls: Calls, traces: Sequence[Trace], why: str) -> None:
+        """Traces of a function are gone."""
+
+    def dropping(self, site: Site) -> None:
+        """So are all of a site, with something that they were about."""
+
+    def history(self, calls: Calls) -> list[Any]:
+        """Why the function was traced, oldest first."""
+        return []
+
+
+class Calls:
+    """Calls one function, and owns all that was traced and compiled for it.
+
+    At most `maxsize` traces are kept, the least recently used goes first. A call that
+    hits only stamps its trace with the number of the call; which one is the oldest is
+    found out when one has to go.
+    """
+
+    observer = Observer()
+
+    def __init__(self, fun: Callable, options: Options, maxsize: int = 128):
+        self.fun = fun
+        self.options = options
+        self.maxsize = maxsize
+        self.lookups = 0
+        self.misses = 0
+        self.sites: dict[Any, Site] = {}
+        self.plans: dict[Any, Any] = {}  # of hot calls, see `fast`
+        self.tracing = TracingLock()
+        self.history: Any = None  # of its traces: the observer's
+        # Of traces that went with a State of theirs: what that State was, by key.
+        self.lost: dict[CacheKey, str] = {}
+        self._traces: dict[Trace, None] = {}
+        self._lock = threading.RLock()  # for `_traces`
+        self._static = _args.StaticArguments(
+            fun, options.static_argnums, options.static_argnames
+        )
+
+    # -- looking up --
+
+    def key(self, args: tuple, kwargs: dict) -> Any:
+        """Equal for calls with the same static part."""
+        if self._static:
+            args, kwargs = self._static.mark(args, kwargs)
+        return _args.split(args, kwargs)[-1]
+
+    def site(self, args: tuple, kwargs: dict) -> tuple[Site, tuple, list[State]]:
+        """Where a call belongs, its dynamic leaves, and its States."""
+        if self._static:
+            args, kwargs = self._static.mark(args, kwargs)
+        leaves, dynamic, states, treedef, key = _args.split(args, kwargs)
+        site = self.sites.get(key)
+        if site is None:
+            _args.check_arguments(args, kwargs)
+            signature = _args.Signature(leaves, treedef, key[1])
+            site = self.sites.setdefault(key, Site(self, key, signature))
+        if states and site.closure:
+            # Stand-ins would make two of a State that the function reaches by a name.
+            pins = {
+                i: state._cell
+                for i, state in enumerate(states)
+                if state._cell in site.closure
+            }
+            if pins:
+                site = self.pinned(site, pins)
+        return site, dynamic, states
+
+    def pinned(self, base: Site, pins: Mapping[int, Cell]) -> Site:
+        key = base.key, tuple(pins.items())
+        site = self.sites.get(key)
+        if site is None:
+            new = Site(self, key, base.signature, base, pins)
+            site = self.sites.setdefault(key, new)
+        return site
+
+    # -- running --
+
+    def run(self, args: tuple, kwargs: dict) -> Any:
+        """A call, wherever it is made."""
+        if _compat.jit_disabled():
+            return self.eager(args, kwargs)
+        inside = local.frame is not None or not _compat.at_top_level()
+        run = self._run_in_trace if inside else self._run
+        trace, leaves, states = self._looked_up(run, args, kwargs)
+        return trace.out.build(leaves, states)
+
+    def trace_ahead(self, args: tuple, kwargs: dict) -> tuple[Site, Compiled, Any]:
+        """For a call that is made later: its site, what it runs, and JAX's trace of it."""
+
+        def trace(site: Site, dynamic: Any, states: Any) -> tuple[Site, Compiled, Any]:
+            if not site.traces:
+                site.find(dynamic, states)
+            values = [access.read(c) for c in site.cells_of(site.inputs, states)]
+            structures = tuple(site.translate(value)[1] for value in values)
+            compiled = site.compiled(structures)
+            arguments = compiled.arguments(dynamic, [flat for flat, _ in values])
+            return site, compiled, compiled.jit.trace(*arguments)
+
+        return self._looked_up(trace, args, kwargs)
+
+    def run_ahead(
+        self, site: Site, compiled: Compiled, args: tuple, kwargs: dict
+    ) -> Any:
+        """Runs what was compiled for `site`; nothing is traced or compiled."""
+
+        def run(_: Site, dynamic: Any, states: Any) -> Any:
+            return self._run(site, dynamic, states, compiled)
+
+        trace, leaves, states = self._looked_up(run, args, kwargs)
+        return trace.out.build(leaves, states)
+
+    def find(
+        self, args: tuple, kwargs: dict, trace: bool = True
+    ) -> tuple[Site, Trace | None, tuple, list[State]]:
+        """The trace for these arguments, without a call."""
+
+        def find(site: Site, dynamic: Any, states: Any) -> Any:
+            return site, site.find(dynamic, states, trace), dynamic, states
+
+        return self._looked_up(find, args, kwargs)
+
+    def _looked_up(self, act: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """Looks a call up and does something with it, again where that says so."""
+        self.lookups += 1
+        while True:
+            site, dynamic, states = self.site(args, kwargs)
+            try:
+                with of_call(states):
+                    return act(site, dynamic, states)
+            except Restart:
+                continue
+
+    def _run(
+        self,
+        site: Site,
+        dynamic: Sequence[Any],
+        states: Sequence[State],
+        fixed: Compiled | None = None,
+    ) -> tuple[Trace, list[Any], Sequence[State]]:
+        """A call outside of any transform.
+
+        States whose buffers are given to XLA are taken meanwhile: nobody else may see
+        them.
+        """
+        if not (fixed or site.traces):
+            # On its first call the function is traced here and not inside `jax.jit`,
+            # where what it needs would be found out too late.
+            site.find(dynamic, states)
+        cells = site.cells_of(fixed.cells if fixed else site.inputs, states)
+        donated = fixed.donated if fixed else site.donated
+        with turn([cells[i] for i in donated]):
+            _, values = snapshot(cells)
+            structures = tuple(site.translate(value)[1] for value in values)
+            if fixed is None:
+                compiled = site.compiled(structures)
+            else:
+                compiled = fixed
+                refuse_other_structures(compiled, structures, cells)
+            flats = [flat for flat, _ in values]
+            del values  # a reference would keep what is donated from being reused
+            out = compiled.call(dynamic, flats)
+            trace, leaves, written = compiled.take_apart(out)
+            targets = site.cells_of(compiled.written_cells(trace), states)
+            writes = dict(zip(targets, written, strict=True))
+            # A program with effects must not run twice: for it, the last writer wins.
+            compare = not (trace.effects or donated)
+            seen = dict(zip(cells, flats, strict=True)) if compare else {}
+            if writes and not commit(writes, seen):
+                raise Restart
+        self._used(site, trace)
+        if fixed is None:
+            self._plan(site, compiled, len(dynamic))
+        return trace, leaves, states
+
+    def _plan(self, site: Site, compiled: Compiled, n: int) -> None:
+        """Makes the next call like this one a hot one, if it can be."""
+        if compiled.simple and not site.arg_cells and site.signature.only_arrays:
+            self.plans[n] = compiled
+
+    def _run_in_trace(
+        self, site: Site, dynamic: Sequence[Any], states: Sequence[State]
+    ) -> tuple[Trace, list[Any], Sequence[State]]:
+        """A call inside another transform, statefun's or not."""
+        trace = site.find(dynamic, states)
+        assert trace is not None
+        site.learn(trace)
+        program = trace.program
+        access.touch(site.cells_of(program.order, states))
+        reads = map(access.read, site.cells_of(program.reads, states))
+        values = dict(zip(program.reads, map(site.translate, reads), strict=True))
+        if program.closed_over_tracers:  # it goes with the trace around
+            leaves, new = program(dynamic, values)
+            written = list(new.values())
+            if self.options.out_shardings is not None:
+                leaves = constrain(leaves, program.out, self.options.out_shardings)
+        else:
+            compiled = site.compiled_in_trace(trace)
+            flats = [flat for flat, _ in values.values()]
+            # Plain `jax.jit`: the outermost call looks after runtime checks.
+            out = compiled.jit(*compiled.arguments(dynamic, flats))
+            trace, leaves, written = compiled.take_apart(out)
+        targets = site.cells_of(trace.written, states)
+        if local.frame is not None:
+            local.frame.checks |= trace.may_fail
+        elif targets:
+            raise foreign_write(targets[0])
+        access.write(dict(zip(targets, written, strict=True)))
+        self._used(site, trace)
+        return trace, leaves, states
+
+    def eager(self, args: tuple, kwargs: dict) -> Any:
+        """Runs the function without tracing it, with the same effect on States."""
+        _args.check_arguments(args, kwargs)
+
+        def run() -> Any:
+            out = self.fun(*args, **kwargs)
+            result.refuse_bare_state(out, "returned")
+            return out
+
+        return frame.transaction(lambda: frame.nested(run))
+
+    # -- what is kept --
+
+    def file(self, site: Site, trace: Trace) -> None:
+        """Keeps a trace: a new one, or one that was evicted but is still compiled."""
+        evicted = []
+        with self._lock:
+            if trace not in site.traces:
+                site.traces.append(trace)
+            trace.tick = self.lookups
+            trace.filed = True
+            while len(self._traces) >= self.maxsize:
+                oldest = min(self._traces, key=lambda t: t.tick)
+                self._unfile([oldest])
+                evicted.append(oldest)
+            self._traces[trace] = None
+            self.lost.pop(trace.key, None)
+        if evicted:
+            self.observer.forgetting(self, evicted, "full")
+            for other in list(self.sites.values()):
+                if other.traces and other.evict(evicted) and other is not site:
+                    self._remove(other)
+
+    def _used(self, site: Site, trace: Trace) -> None:
+        trace.tick = self.lookups
+        temporary = trace.program.closed_over_tracers
+        if not (trace.filed or temporary) and self.sites.get(site.key) is site:
+            self.file(site, trace)
+
+    def refile(self, trace: Trace) -> None:
+        """A hot call has used a trace that was evicted."""
+        for site in list(self.sites.values()):
+            if trace.key == site.cache_key(trace.program.in_avals):
+                self.file(site, trace)
+
+    def drop(self, site: Site) -> None:
+        """Something that the site's programs are about is gone. Takes no lock that JAX or
+        the user's code may be waiting for: it may run at any moment."""
+        if self.sites.get(site.key) is site:
+            self.observer.dropping(site)
+            for cell in site.gone()[:1]:
+                self.lost.update((t.key, cell.describe()) for t in site.traces)
+            while len(self.lost) > self.maxsize:
+                self.lost.pop(next(iter(self.lost)), None)
+            with self._lock:
+                self._unfile(site.traces)
+            self._remove(site)
+
+    def _remove(self, site: Site) -> None:
+        if self.sites.get(site.key) is site:
+            self.sites.pop(site.key, None)
+        self.plans.clear()
+
+    def _unfile(self, traces: Sequence[Trace]) -> None:
+        for trace in traces:
+            self._traces.pop(trace, None)
+            trace.filed = False
+
+    def clear(self) -> None:
+        """Forgets everything that was traced and compiled."""
+        with self._lock:
+            self.observer.forgetting(self, list(self._traces), "cleared")
+            self._unfile(list(self._traces))
+        self.sites.clear()
+        self.plans.clear()
+        self.lost.clear()
+        self.lookups = self.misses = 0
+
+    def all_traces(self) -> list[Trace]:
+        with self._lock:
+            return list(self._traces)
+
+    def with_key(self, key: CacheKey) -> list[Trace]:
+        """Newest first."""
+        return [t for t in reversed(self.all_traces()) if t.key == key]
+
+    def stats(self) -> dict[str, Any]:
+        hits = self.lookups - self.misses
+        return {
+            "size": len(self._traces),
+            "maxsize": self.maxsize,
+            "hits": hits,
+            "misses": self.misses,
+            "hit_rate": hits / self.lookups if self.lookups else 0.0,
+        }
+
+
+@contextlib.contextmanager
+def of_call(states: Sequence[State]) -> Iterator[None]:
+    """While a call is under way: which States its arguments hold."""
+    before = present.states
+    try:
+        present.states = states
+        yield
+    finally:
+        present.states = before
+
+
+def refuse_other_structures(
+    compiled: Compiled, structures: Sequence[Any], cells: Sequence[Cell]
+) -> None:
+    """For a function that was compiled ahead of time."""
+    expected = zip(cells, structures, compiled.structures, strict=True)
+    misfits = [c for c, now, then in expected if now is not then]
+    if misfits:
+        raise StateValueError(
+            message(
+                "a function compiled ahead of time was called with a State of another "
+                "structure: " + ", ".join(c.describe() for c in misfits),
+                "it was compiled for values of one structure.",
+                "lower and compile it again, or call the function itself.",
+            )
+        )

@@ -1,0 +1,136 @@
+"""The hot path: what a call costs that has been made before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .. import _compat
+from .._compat import TOP_LEVEL, array_class, find_top_trace
+from .._errors import StateTraceError, StateValueError, message
+from .._state.access import local
+from .._state.cell import Cell, Value, commit, lock, recover, shared
+from .calls import Calls
+from .compiled import Restart, Trace
+
+
+class Fast:
+    """A callable whose calls with nothing but arrays are cheap.
+
+    Everything that can go wrong is looked at, and if anything is unusual (a transform
+    under way, another thread that writes, a State of another structure, a function that
+    was not called in this way before) the call is left to `Calls.run`. It is written
+    out here because at 5 µs for a whole `jax.jit` call each further Python frame, lock
+    or look at a thread-local shows: see the benchmark.
+    """
+
+    _calls: Calls
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        calls = self._calls
+        compiled = calls.plans.get(len(args))
+        if (
+            compiled is None
+            or kwargs
+            or find_top_trace(()) is not TOP_LEVEL
+            or local.frame is not None
+        ):
+            return calls.run(args, kwargs)
+        if args:
+            concrete = array_class()
+            for arg in args:
+                if type(arg) is not concrete:
+                    return calls.run(args, kwargs)
+        version = shared.version
+        flats = [cell.flat for cell in compiled.cells]
+        if version & 1 or shared.taken or shared.version != version:
+            return calls.run(args, kwargs)
+        if compiled.epoch != shared.structures:
+            epoch = shared.structures
+            for cell, structure in zip(
+                compiled.cells, compiled.structures, strict=True
+            ):
+                if cell.structure is not structure:
+                    return calls.run(args, kwargs)
+            compiled.epoch = epoch
+        try:
+            out = compiled.jit(*args, flats) if args else compiled.jit(flats)
+        except Restart:
+            return calls.run(args, kwargs)
+        trace = compiled.traces[len(out)]
+        cells = trace.written
+        if cells:
+            before = None
+            try:
+                lock.acquire()
+                # Nobody has written or taken a State since its value was read.
+                if shared.version == version and trace.keeps_structures:
+                    before = version
+                    n = trace.n_out
+                    shared.version = version + 1
+                    for cell, flat in zip(cells, out[n:] if n else out):  # noqa: B905
+                        cell.flat = flat
+                    shared.version = version + 2
+                lock.release()
+            except BaseException:
+                recover(_writes(trace, out), before)
+                raise
+            if before is None:
+                seen = (
+                    {}
+                    if trace.effects
+                    else dict(zip(compiled.cells, flats, strict=True))
+                )
+                if not commit(_writes(trace, out), seen):
+                    return calls.run(args, kwargs)
+        calls.lookups = trace.tick = calls.lookups + 1
+        if not trace.filed:
+            calls.refile(trace)
+        result = trace.result
+        if result == 0:
+            return None
+        return out[0] if result == 1 else trace.out.build(out[: trace.n_out])
+
+
+def _writes(trace: Trace, out: Sequence[Any]) -> dict[Cell, Value]:
+    flats = out[trace.n_out : trace.n_out + len(trace.written)]
+    pairs = zip(flats, trace.structures, strict=True)
+    return dict(zip(trace.written, pairs, strict=True))
+
+
+class AheadOfTime:
+    """A call that was traced ahead of time, to be lowered, compiled and then run."""
+
+    def __init__(self, calls: Calls, args: tuple, kwargs: dict):
+        self._calls = calls
+        self._key = calls.key(args, kwargs)
+        self._site, self._compiled, self.traced = calls.trace_ahead(args, kwargs)
+
+    def run(self, executable: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        name = self._calls.options.name
+        if local.frame is not None or not _compat.at_top_level():
+            raise StateTraceError(
+                message(
+                    f"{name}, compiled ahead of time, was called inside a transform.",
+                    "an executable can't be traced.",
+                    "call the function that it was made of.",
+                )
+            )
+        if self._calls.key(args, kwargs) != self._key:
+            raise TypeError(
+                f"{name} was compiled ahead of time for arguments of another structure, "
+                "or with other static values: lower and compile it for these."
+            )
+        gone = self._site.gone()
+        if gone:
+            raise StateValueError(
+                message(
+                    f"{name}, compiled ahead of time, uses {gone[0].describe()}, which is "
+                    "gone.",
+                    "nothing refers to that State any more: the name by which the "
+                    "function reached it may mean another one now.",
+                    "lower and compile it again, or keep the State.",
+                )
+            )
+        fixed = self._compiled.run_by(executable)
+        return self._calls.run_ahead(self._site, fixed, args, kwargs)
