@@ -485,8 +485,11 @@ RAW = {
 COMPILED = ("jax.jit", "eqx.filter_jit")
 # So do these, and JAX keeps it by the identity of the function.
 LOOPS = ("scan", "cond", "switch", "while_loop", "fori_loop", "map")
-TRACED = (*COMPILED, "jax.checkpoint", "eqx.filter_checkpoint") + tuple(
-    f"lax.{name}" for name in LOOPS
+TRACED = (
+    *COMPILED,
+    "jax.checkpoint",
+    "eqx.filter_checkpoint",
+    *tuple(f"lax.{name}" for name in LOOPS),
 )
 
 TWINS = {
