@@ -98,7 +98,7 @@ def close(jaxpr: Any, consts: Sequence[Any]) -> jec.ClosedJaxpr:
     return jec.ClosedJaxpr(jaxpr, list(consts))
 
 
-# Changing a user context makes JAX's trace caches miss: see `frame.stale_traces`.
+# Changing a user context makes JAX's trace caches miss: see `_trace.stale`.
 # `make_user_context` must not run beside other JAX calls, so it runs at import.
 trace_generation = jax.make_user_context(0)
 

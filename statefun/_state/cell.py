@@ -86,7 +86,7 @@ class _Shared:
         # were read between two looks at the same even number are of one moment.
         self.version = 0
         self.structures = 0  # grows when a State changes structure
-        self.generation = 0  # see `_trace.stale`
+        self.generation = 1  # see `_trace.stale`; code outside of frames is at 0
 
 
 shared = _Shared()

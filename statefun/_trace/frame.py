@@ -303,8 +303,7 @@ def transaction(run: Callable[[], R]) -> R:
         return run() if outer.is_current() else _inside_a_raw_transform(outer, run)
     while True:
         with Overlay(keeps=True) as frame:
-            if shared.generation:
-                frame._contexts.enter_context(trace_context())
+            frame._contexts.enter_context(trace_context())
             out = run()
             if _settle(frame):
                 return out

@@ -1,4 +1,18 @@
-"""What raw transforms have kept of a State, and how it is kept from being used."""
+"""What raw transforms have kept of a State, and how it is kept from being used.
+
+JAX caches the jaxpr of a raw `lax.scan`, `jit`, `cond` or `checkpoint` by the identity of
+its body and by the context that it was traced in. If the body read a State, what the
+State held is part of that jaxpr. A user context is therefore set to a number, the
+*generation*, in every frame:
+
+- Code outside of frames is at 0, frames start at 1: what a raw transform has kept without
+  a twin around it is never used inside of one, nor the other way round.
+- When a State that may have been kept is written, and when a frame ends in which one was
+  kept, the generation moves on (`forget_inner_traces`).
+- Raw transforms that keep nothing (grad, vmap) must not move it, or every trace would
+  make JAX trace all inner functions anew. A *probe*, an equation bound at each such read,
+  shows in the end whether the read went into a jaxpr (`program.trace`).
+"""
 
 from __future__ import annotations
 
