@@ -6,10 +6,11 @@ so deadness passes through loops and branches, and out again.
 """
 
 from jax.core import ShapedArray
-from jax.extend.core import Literal, Var
+from jax.extend.core import Literal, Var, jaxprs_in_params
 
 from ._calls import DROP_RULES
 from ._jaxpr import AnyJaxpr, ClosedJaxpr, Eqn, Mask, keep, rebuild
+from ._purity import may_go
 from ._walk import CALLS
 
 
@@ -21,6 +22,7 @@ class _Prune:
         self.held: dict[int, AnyJaxpr] = {}
         self.found: dict[tuple[int, Mask], tuple[list[Eqn], Mask]] = {}
         self.made: dict[tuple[int, Mask, Mask], AnyJaxpr] = {}
+        self.may_all_go: dict[int, bool] = {}
 
     def needs(self, jaxpr: AnyJaxpr, wanted: Mask) -> Mask:
         return self._backwards(jaxpr, wanted)[1]
@@ -62,7 +64,7 @@ class _Prune:
         kept: list[Eqn] = []
         for eqn in reversed(jaxpr.eqns):
             outs = tuple([v in needed for v in eqn.outvars])
-            if not eqn.effects and True not in outs:
+            if True not in outs and self._may_go(eqn):
                 continue
             if eqn.primitive in CALLS:
                 eqn = self._call(eqn, outs)
@@ -75,6 +77,16 @@ class _Prune:
         )
         self.found[key] = (kept, ins)
         return kept, ins
+
+    def _may_go(self, eqn: Eqn) -> bool:
+        return may_go(eqn) and all(map(self._all_may_go, jaxprs_in_params(eqn.params)))
+
+    def _all_may_go(self, jaxpr: AnyJaxpr) -> bool:
+        key = id(jaxpr)
+        if key not in self.may_all_go:
+            self.held[key] = jaxpr
+            self.may_all_go[key] = all(map(self._may_go, jaxpr.eqns))
+        return self.may_all_go[key]
 
     def _call(self, eqn: Eqn, outs: Mask) -> Eqn:
         rule = DROP_RULES.get(eqn.primitive)
@@ -107,9 +119,11 @@ def dce(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
 
     Goes through jit, checkpoint, cond, scan and while with what is wanted of them:
     outputs that nobody reads go, the carries that only fed those, the inputs that
-    are no longer read, and constants. Equations with an effect stay, and so do the
-    inputs and outputs of `jaxpr` itself, of custom_jvp and custom_vjp (their rules
-    take every argument), of jits with `keep_unused`, and every ref.
+    are no longer read, and constants. Equations with an effect stay, and those that
+    take a ref, and calls whose body JAX hides (loops under `jax_scan3`): what they do
+    is not known. So do the inputs and outputs of `jaxpr` itself, of custom_jvp and
+    custom_vjp (their rules take every argument), of jits with `keep_unused`, and
+    every ref.
 
     **Arguments:**
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend.core import Jaxpr, Literal, Var
 
 from ._jaxpr import AnyJaxpr, Atom, ClosedJaxpr, Eqn, consts_of
-from ._purity import COMMUTATIVE, PURE, PURE_CALLS, commutes
+from ._purity import COMMUTATIVE, PURE, PURE_CALLS, commutes, touches_only_arrays
 from ._values import kind
 from ._walk import CALLS
 
@@ -41,7 +41,7 @@ class Numbers:
     def key(self, eqn: Eqn, name: Callable[[Var], Any]) -> Any:
         """What makes two equations one; None if this one stands for itself."""
         primitive, params = eqn.primitive, eqn.params
-        if eqn.effects:
+        if eqn.effects or not touches_only_arrays(eqn):
             return None
         if primitive not in PURE:
             if primitive not in PURE_CALLS or not self._mergeable(eqn):

@@ -1,5 +1,6 @@
-"""Which equations may be computed once instead of twice, or now instead of later."""
+"""Which equations may go, be computed once instead of twice, or now instead of later."""
 
+from jax.core import ShapedArray
 from jax.extend.core import primitives
 
 from ._jaxpr import Eqn
@@ -36,6 +37,25 @@ PURE = {
 # Nor a custom_vjp: its backward rule need not be linear, and a gradient clipped
 # twice and added is not the sum clipped once.
 PURE_CALLS = set(CALLS) - {primitives.remat_p, primitives.custom_vjp_call_p}
+
+# These hide a program in a parameter and need not say what it does: a loop under
+# `jax_scan3` has no effects, whatever its body prints or writes to a ref.
+_SILENT = {"call_hi_primitive"}
+
+
+def touches_only_arrays(eqn: Eqn) -> bool:
+    """Whether no operand is a ref, a token, or anything else with an identity."""
+    return all(isinstance(v.aval, ShapedArray) for v in eqn.invars)
+
+
+def may_go(eqn: Eqn) -> bool:
+    """Whether `eqn` is there for its results only, except for the jaxprs inside."""
+    return (
+        not eqn.effects
+        and touches_only_arrays(eqn)
+        and eqn.primitive.name not in _SILENT
+    )
+
 
 _ANY_KIND = {primitives.eq_p, primitives.ne_p}
 _REAL = {primitives.add_p, primitives.mul_p, primitives.add_jaxvals_p}

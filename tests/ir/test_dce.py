@@ -9,7 +9,7 @@ from jax.experimental import io_callback
 from jax.extend.core import jaxpr_as_fun
 
 from statefun import ir
-from tests.ir.helpers import checked, find, names, top, trace
+from tests.ir.helpers import PASSES, checked, find, names, top, trace
 from tests.ir.reference import bits, run
 
 NAME = "dce"
@@ -278,6 +278,63 @@ def test_never_drops_a_ref_that_is_passed():
     jaxpr = trace(fn, X)
     eqn = checked(NAME, jaxpr).eqns[-1]
     assert len(eqn.invars) == 2
+
+
+@pytest.fixture(params=[False, True], ids=["scan", "scan3"])
+def scan3(request):
+    """Whether jax traces loops to a primitive that hides its body and its effects."""
+    jax.config.update("jax_scan3", request.param)
+    yield request.param
+    jax.config.update("jax_scan3", False)
+
+
+INSIDE = {
+    "top": lambda loop, x: loop(x),
+    "jit": lambda loop, x: jax.jit(loop)(x),
+    "cond": lambda loop, x: lax.cond(x[0] > 0, loop, lambda x: x, x),
+    "checkpoint": lambda loop, x: jax.checkpoint(loop)(x),
+}
+
+
+@pytest.mark.parametrize("around", INSIDE.values(), ids=INSIDE)
+@pytest.mark.parametrize("name", PASSES)
+def test_no_pass_drops_or_merges_loops_that_print(scan3, name, around):
+    def loop(x):
+        def step(carry, y):
+            jax.debug.callback(lambda y: None, y)
+            return carry, y * 2.0
+
+        return lax.scan(step, (), x)[1]
+
+    def fn(x):
+        around(loop, x)
+        return around(loop, x) + around(loop, x)
+
+    jaxpr = trace(fn, X)
+    before, after = names(jaxpr), names(PASSES[name](jaxpr))
+    assert before["call_hi_primitive" if scan3 else "scan"] == 3
+    for loop_name in ("scan", "call_hi_primitive"):
+        assert after[loop_name] == before[loop_name]
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_no_pass_drops_or_merges_what_takes_a_ref(scan3, name):
+    def fn(ref, x):
+        def body(i, _):
+            ref[i] = ref[i] + x[i]
+
+        lax.fori_loop(0, 2, body, None)
+        lax.fori_loop(0, 2, body, None)
+        jax.jit(lambda r, x: x + 1)(ref, x)
+        jax.jit(lambda r, x: x + 1)(ref, x)
+        return ref[...]
+
+    jaxpr = jax.make_jaxpr(fn)(jax.new_ref(X), X)
+    best = PASSES[name](jaxpr)
+    assert top(best) == top(jaxpr)
+    ref = jax.new_ref(X)
+    (out,) = jaxpr_as_fun(best)(ref, X)
+    assert list(out) == [0.0, 3.0, 2.0]
 
 
 def test_foreign_jaxprs_are_left_alone():
