@@ -33,7 +33,7 @@ class Options(NamedTuple):
     donate_states: bool = False
     in_shardings: Any = None
     out_shardings: Any = None
-    jit_options: tuple[tuple[str, Any], ...] = ()
+    jit_options: tuple[tuple[str, Any], ...] = ()  # further arguments of `jax.jit`
 
 
 class Restart(Exception):
@@ -139,16 +139,15 @@ class Compiled:
             return self._body(*arguments)
 
         body.__name__ = body.__qualname__ = options.name
-        how: dict[str, Any] = dict(options.jit_options)
-        if not self.simple:
-            how["donate_argnums"] = (3, 4)
+        how: dict[str, Any] = {} if self.simple else {"donate_argnums": (3, 4)}
         if shardings is not None:
             kept, given = _split(shardings, donated_leaves)
             how["in_shardings"] = (kept, None, None, given, None)
-        self.jit = jax.jit(body, **how)
+        more = dict(options.jit_options)
+        self.jit = jax.jit(body, **how, **more)
         # Equinox turns the failure of a check into an error that can be read, and waits
         # for it, which has to be done before anything is committed.
-        self._run = eqx.filter_jit(body) if may_fail else self.jit
+        self._run = eqx.filter_jit(body, **more) if may_fail else self.jit
 
     # -- calling --
 

@@ -7,10 +7,12 @@ import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, overload
 
+import jax
 from jax.experimental.checkify import check_error, user_checks
 
 from .._call.fast import AheadOfTime, Fast
 from .._call.function import StatefulFunction
+from .._errors import message
 from .._trace.frame import transaction
 from ._checkify import checkify as checkified
 
@@ -48,7 +50,10 @@ class Jitted(Fast, Generic[P, R]):
         return f"filter_jit({self.stateful_function.name})"
 
     def lower(self, /, *args: P.args, **kwargs: P.kwargs) -> Lowered:
-        """Traces and lowers the function for these arguments, without running it."""
+        """Traces and lowers the function for these arguments, without running it.
+
+        For other platforms than the default one: `.trace(…).lower(lowering_platforms=…)`.
+        """
         return self.trace(*args, **kwargs).lower()
 
     def trace(self, /, *args: P.args, **kwargs: P.kwargs) -> Traced:
@@ -95,9 +100,14 @@ class Traced:
         self.jaxpr = fn.stateful_function.get_jaxpr(*args, **kwargs)
         self._call = AheadOfTime(fn._calls, args, kwargs)
 
-    def lower(self) -> Lowered:
-        """Lowers the traced function to StableHLO."""
-        return Lowered(self._call, self._call.traced.lower())
+    def lower(self, **options: Any) -> Lowered:
+        """Lowers the traced function to StableHLO.
+
+        **Arguments:**
+
+        - `options`: as of `jax.stages.Traced.lower`: `lowering_platforms`.
+        """
+        return Lowered(self._call, self._call.traced.lower(**options))
 
 
 class Lowered:
@@ -111,12 +121,20 @@ class Lowered:
         """The program as text, by default StableHLO."""
         return self._lowered.as_text(*args, **kwargs)
 
+    def compiler_ir(self, dialect: str | None = None) -> Any:
+        """The program as the compiler's own object, by default StableHLO."""
+        return self._lowered.compiler_ir(dialect)
+
     def cost_analysis(self) -> Any:
         """What XLA expects the program to cost, before it is compiled."""
         return self._lowered.cost_analysis()
 
     def compile(self, *args: Any, **kwargs: Any) -> Compiled:
-        """Compiles it."""
+        """Compiles it.
+
+        **Arguments:** as of `jax.stages.Lowered.compile`: `compiler_options`,
+        `device_assignment`.
+        """
         return Compiled(self._call, self._lowered.compile(*args, **kwargs))
 
 
@@ -146,6 +164,10 @@ class Compiled:
         """The sizes, in bytes, of arguments, outputs and temporaries."""
         return self._compiled.memory_analysis()
 
+    def runtime_executable(self) -> Any:
+        """The executable as the runtime's own object."""
+        return self._compiled.runtime_executable()
+
 
 @overload
 def filter_jit(
@@ -159,6 +181,7 @@ def filter_jit(
     in_shardings: Any = None,
     out_shardings: Any = None,
     checkify: bool | frozenset = False,
+    **jitkwargs: Any,
 ) -> Callable[[Callable[P, R]], Jitted[P, R]]: ...
 
 
@@ -175,6 +198,7 @@ def filter_jit(
     in_shardings: Any = None,
     out_shardings: Any = None,
     checkify: bool | frozenset = False,
+    **jitkwargs: Any,
 ) -> Jitted[P, R]: ...
 
 
@@ -190,6 +214,7 @@ def filter_jit(
     in_shardings: Any = None,
     out_shardings: Any = None,
     checkify: bool | frozenset = False,
+    **jitkwargs: Any,
 ) -> Any:
     """As `equinox.filter_jit`, for functions that read and write States.
 
@@ -225,6 +250,8 @@ def filter_jit(
     - `checkify`: True, or a set of kinds of error as in `jax.experimental.checkify`: a
         `checkify.check` in the function that fails raises, and no State is written. The
         call waits for the checks.
+    - `jitkwargs`: passed on to `jax.jit`: `keep_unused`, `inline`, `compiler_options`,
+        `device`, `backend`.
 
     **Returns:** a [`statefun.Jitted`][] function.
 
@@ -261,6 +288,7 @@ def filter_jit(
     """
     if donate not in _DONATE:
         raise ValueError(f"`donate` is {donate!r}, but should be one of {_DONATE}.")
+    jit_options = _jit_options(jitkwargs)
     if fun is None:
         return functools.partial(
             filter_jit,
@@ -273,6 +301,7 @@ def filter_jit(
             in_shardings=in_shardings,
             out_shardings=out_shardings,
             checkify=checkify,
+            **jitkwargs,
         )
     errors = user_checks if checkify is True else checkify
     stateful = StatefulFunction(
@@ -287,5 +316,31 @@ def filter_jit(
         donate_states=donate_states,
         in_shardings=in_shardings,
         out_shardings=out_shardings,
+        jit_options=jit_options,
     )
     return Jitted(stateful) if errors is False else Checked(stateful)
+
+
+class _Hashable(dict):
+    """A dict that, like the other options, can be part of a key."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
+def _jit_options(given: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    for name in ("donate_argnums", "donate_argnames"):
+        if name in given:
+            raise TypeError(
+                message(
+                    f"`filter_jit` has no `{name}`.",
+                    "which positions the arrays of an argument take in the compiled "
+                    "function is not the caller's affair.",
+                    'write `donate="all"`, or `donate="all-except-first"` and put what '
+                    "is to be spared into the first argument.",
+                )
+            )
+    jax.jit(lambda: None, **given)  # raises where JAX knows no such argument
+    return tuple(
+        (name, _Hashable(x) if isinstance(x, dict) else x) for name, x in given.items()
+    )

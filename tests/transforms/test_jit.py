@@ -921,6 +921,64 @@ def test_a_lowered_function_can_be_looked_at():
     assert compiled.memory_analysis().argument_size_in_bytes == 2 * 4 * 4 * 4
 
 
+def test_further_arguments_of_jax_jit_are_passed_on():
+    count = sf.State(jnp.array(0))
+
+    def f(x, unused):
+        count.value += 1
+        return x * 2
+
+    x = jnp.ones(3)
+    fn = sf.filter_jit(f, keep_unused=True, inline=True)
+    assert "%arg2" in fn.lower(x, x).as_text()
+    assert "%arg2" not in sf.filter_jit(f).lower(x, x).as_text()
+    inlined = jax.make_jaxpr(jax.jit(lambda x: x * 2, inline=True))(x).eqns[0]
+    mine = sf.StatefulFunction(lambda: fn(x, x)).get_jaxpr().eqns[0]
+    # 0.10 inlines when tracing, 0.12 when lowering.
+    assert mine.params.get("inline") == inlined.params.get("inline")
+    assert (mine.primitive.name == "jit") is (inlined.primitive.name == "jit")
+    fn(x, x)
+    assert count.value == 1
+    with pytest.raises(Exception, match="No such compile option"):
+        sf.filter_jit(f, compiler_options={"no_such_option": True})(x, x)
+
+
+def test_further_arguments_reach_a_function_that_is_checked():
+    def f(x):
+        return eqx.error_if(x, x < 0, "negative")
+
+    with pytest.raises(Exception, match="no_such_option"):
+        sf.filter_jit(f, compiler_options={"no_such_option": True})(jnp.ones(()))
+
+
+def test_arguments_that_jax_jit_does_not_have_are_refused_at_once():
+    with pytest.raises(TypeError, match="keep_used"):
+        sf.filter_jit(lambda: 0, keep_used=True)
+    with pytest.raises(TypeError, match='write `donate="all"`'):
+        sf.filter_jit(donate_argnums=(0,))
+
+
+def test_stages_take_the_arguments_of_those_of_jax():
+    count = sf.State(jnp.array(0))
+
+    def f(x):
+        count.value += 1
+        return x * 2
+
+    x = jnp.ones(3)
+    lowered = sf.filter_jit(f).trace(x).lower(lowering_platforms=("cpu", "tpu"))
+    assert "_platform_index" in lowered.as_text() and "loc(" in lowered.as_text(
+        debug_info=True
+    )
+    assert lowered.compiler_ir("stablehlo") is not None
+    lowered = sf.filter_jit(f).lower(x)
+    with pytest.raises(Exception, match="No such compile option"):
+        lowered.compile({"no_such_option": True})
+    compiled = lowered.compile(compiler_options={"xla_embed_ir_in_executable": True})
+    assert compiled.runtime_executable() is not None
+    assert list(compiled(x)) == [2, 2, 2] and count.value == 1
+
+
 def test_a_compiled_function_takes_the_states_of_module_arguments():
     a, b = Counter(), Counter(10)
     compiled = Counter.add.lower(a, ONE).compile()
