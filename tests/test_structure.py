@@ -339,9 +339,54 @@ def test_static_fields_of_modules_compare_by_type_and_value(a, b):
     assert first._cell.structure is not second._cell.structure
 
 
-def test_the_key_of_a_tree_without_static_numbers_is_the_treedef():
-    treedef = jtu.tree_structure((1, [2, {"a": 3}], None))
-    assert treedef_key(treedef) is treedef
+def test_the_key_of_a_tree_seen_before_is_the_one_made_then():
+    def key():
+        return treedef_key(jtu.tree_structure((1, [2, {"a": 3}], None)))
+
+    assert key() is key()
+
+
+def test_a_static_list_that_is_changed_in_place_makes_another_key():
+    sizes = [1, 2]
+    module = Labelled(jnp.ones(1), sizes)
+    before = treedef_key(jtu.tree_structure(module))
+    assert treedef_key(jtu.tree_structure(module)) == before
+    sizes.append(3)
+    assert treedef_key(jtu.tree_structure(module)) != before
+
+
+class Incomparable:
+    def __eq__(self, other):
+        raise TypeError("compared")
+
+    __hash__ = object.__hash__
+
+
+@pytest.mark.filterwarnings("ignore:A JAX array is being set as static")
+@pytest.mark.parametrize(
+    "make",
+    [lambda: np.arange(3), lambda: jnp.arange(3), lambda: {"table": np.arange(2)}],
+)
+def test_static_arrays_compare_by_content(make):
+    def structure(label):
+        return sf.State(Labelled(jnp.ones(1), label))._cell.structure
+
+    label = make()
+    first = structure(label)
+    assert structure(make()) is first
+    other = jtu.tree_map(lambda x: x + 1, label)
+    assert structure(other) is not first
+
+
+def test_objects_that_refuse_to_be_compared_are_the_same_as_themselves_only():
+    a, b = Incomparable(), Incomparable()
+    for make in (lambda x: Labelled(jnp.ones(1), x), lambda x: Pair(x, jnp.ones(1))):
+        first, second = sf.State(make(a)), sf.State(make(b))
+        assert first._cell.structure is not second._cell.structure
+        assert first._cell.structure is sf.State(make(a))._cell.structure
+    step = sf.filter_jit(lambda m: m)
+    assert step(Labelled(jnp.ones(1), a)).label is a
+    assert step(Labelled(jnp.ones(1), b)).label is b
 
 
 # -- dtypes -------------------------------------------------------------------------
@@ -389,3 +434,24 @@ def test_structures_with_lists_and_dicts_are_known_to_be_mutable(value):
 @pytest.mark.parametrize("value", [1, (1, (2,)), None, Pair(1, (2, None))], ids=repr)
 def test_structures_of_tuples_and_modules_are_not_mutable(value):
     assert not flatten(value)[1].mutable
+
+
+@pytest.mark.filterwarnings("ignore:A JAX array is being set as static")
+def test_twins_take_modules_with_static_arrays():
+    def made(scale):
+        return Labelled(jnp.ones(2), np.array([scale, 2.0], np.float32))
+
+    def read(m):
+        return jnp.sum(m.content * m.label)
+
+    jitted = sf.filter_jit(read)
+    assert [float(jitted(made(s))) for s in (1.0, 3.0, 1.0)] == [3.0, 5.0, 3.0]
+    assert sf.scan(lambda c, x: (made(1.0), read(c)), made(1.0), None, 2)[1][1] == 3
+    assert (
+        read(sf.cond(jnp.array(True), lambda m: m, lambda _: made(1.0), made(1.0))) == 3
+    )
+    with pytest.raises(TypeError, match="must return the same structure"):
+        sf.cond(jnp.array(True), lambda m: m, lambda _: made(3.0), made(1.0))
+    params = sf.Param(made(1.0)), sf.Param(made(3.0))
+    grads = sf.filter_grad(lambda: sum(read(p.value) for p in params), wrt=params)()
+    assert [g.content.tolist() for g in grads] == [[1.0, 2.0], [3.0, 2.0]]

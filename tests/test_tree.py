@@ -1,5 +1,6 @@
 """Trees of States: states, values, freeze, update, clone."""
 
+import copy
 import inspect
 import io
 from typing import Any
@@ -642,3 +643,39 @@ def test_the_functions_leave_the_tree_as_it_is(function):
     function(tree)
     assert all(a is b for a, b in zip(snapshot(tree), before, strict=True))
     assert jtu.tree_structure(tree) == structure
+
+
+# -- static fields that can't be compared -------------------------------------------
+
+
+class Features(eqx.Module):
+    frequencies: np.ndarray = eqx.field(static=True)
+    weight: sf.Param
+
+    def __init__(self, *frequencies):
+        self.frequencies = np.array(frequencies)
+        self.weight = sf.Param(Inner(np.array(frequencies), jnp.ones(2)))
+
+
+class Inner(eqx.Module):
+    frequencies: np.ndarray = eqx.field(static=True)
+    weight: jax.Array
+
+
+@pytest.mark.filterwarnings("ignore:A JAX array is being set as static")
+def test_a_copy_takes_the_values_of_what_it_was_copied_from():
+    original = Features(1.0, 2.0)
+    doubled = jtu.tree_map(lambda x: 2 * x, sf.freeze(original))
+    for copied in (copy.deepcopy(original), Features(1.0, 2.0)):
+        sf.update(copied, doubled)
+        np.testing.assert_array_equal(copied.weight.value.weight, [2.0, 2.0])
+
+
+@pytest.mark.filterwarnings("ignore:A JAX array is being set as static")
+def test_values_around_another_static_array_are_refused():
+    target = Features(1.0, 2.0)
+    with pytest.raises(sf.StateValueError, match="first at `its root`"):
+        sf.update(target, sf.freeze(Features(1.0, 3.0)))
+    with pytest.raises(sf.StateValueError, match="does not fit Param"):
+        sf.update(target.weight, Inner(np.array([1.0, 3.0]), jnp.zeros(2)))
+    np.testing.assert_array_equal(target.weight.value.weight, [1.0, 1.0])

@@ -17,7 +17,7 @@ from . import access
 from .cell import Cell, Value
 from .numbers import normalise
 from .state import State
-from .static import static_key
+from .static import TreeKey, exact_key, static_key, treedef_key
 from .structure import ARRAY, Structure, flatten, leaves_of, same
 
 T = TypeVar("T")
@@ -219,19 +219,48 @@ def _zip(tree: Any, values: Any, path: str) -> list[tuple[str, Any, Any]]:
     leaves = jtu.tree_leaves_with_path(tree)
     try:
         parts = jtu.tree_structure(tree).flatten_up_to(values)
-    except (ValueError, TypeError) as error:
-        raise StateValueError(
-            message(
-                "the values given to `update` have another structure than the tree, "
-                f"first at `{path + _first_difference(tree, values)}`.",
-                f"{error}",
-                "pass what `sf.freeze` or `sf.values` returns for this tree.",
-            )
-        ) from error
+    except Exception as error:  # static fields may raise anything when compared
+        parts = _parts(tree, values)
+        if parts is None:
+            raise StateValueError(
+                message(
+                    "the values given to `update` have another structure than the tree, "
+                    f"first at `{(path + _first_difference(tree, values)) or 'its root'}`.",
+                    f"{error}",
+                    "pass what `sf.freeze` or `sf.values` returns for this tree.",
+                )
+            ) from error
     return [
         (path + jtu.keystr(keys), leaf, part)
         for (keys, leaf), part in zip(leaves, parts, strict=True)
     ]
+
+
+def _parts(tree: Any, values: Any) -> list[Any] | None:
+    """As `flatten_up_to`, for static fields that can't be compared with `==`: an array
+    in the copy of a module is another object. None if the structures differ."""
+    if tree is not None and jtu.all_leaves([tree]):
+        return [values]
+    if type(tree) is not type(values):
+        return None
+    if tree is None:
+        return []
+    ours, our_static = jtu.default_registry.flatten_one_level(tree)
+    theirs, their_static = jtu.default_registry.flatten_one_level(values)
+    ours, theirs = list(ours), list(theirs)
+    if len(ours) != len(theirs) or exact_key(our_static) != exact_key(their_static):
+        return None
+    found = []
+    for a, b in zip(ours, theirs, strict=True):
+        parts = _parts(a, b)
+        if parts is None:
+            return None
+        found.extend(parts)
+    return found
+
+
+def _tree_key(tree: Any) -> TreeKey:
+    return treedef_key(jtu.tree_structure(tree))
 
 
 def _first_difference(tree: Any, values: Any) -> str:
@@ -239,10 +268,13 @@ def _first_difference(tree: Any, values: Any) -> str:
     ours, theirs = _children(tree), _children(values)
     if ours is None or theirs is None or type(tree) is not type(values):
         return ""
+    statics = [jtu.default_registry.flatten_one_level(x)[1] for x in (tree, values)]
+    if ours.keys() == theirs.keys() and exact_key(statics[0]) != exact_key(statics[1]):
+        return ""
     for key in {**ours, **theirs}:
         if key not in ours or key not in theirs:
             return key
-        if jtu.tree_structure(ours[key]) != jtu.tree_structure(theirs[key]):
+        if _tree_key(ours[key]) != _tree_key(theirs[key]):
             return key + _first_difference(ours[key], theirs[key])
     return ""
 
@@ -251,7 +283,7 @@ def _structures_differ(
     present: Any, value: Any, old: Structure, new: Structure
 ) -> tuple[str, str]:
     """Where two values of different structure differ first, and in what."""
-    if old.treedef != new.treedef:
+    if treedef_key(old.treedef) != treedef_key(new.treedef):
         at = _first_difference(present, value)
         return at, f"a value of structure {new.treedef}, in place of {old.treedef}"
     tree = old.treedef.unflatten(range(len(old.statics)))

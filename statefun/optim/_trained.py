@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 from .._errors import StateTypeError, StateValueError, message
 from .._state.cell import Cell
 from .._state.state import Param, State
+from .._state.static import TreeKey, treedef_key
 from .._state.structure import flatten
 from .._state.tree import _children, _first_difference, states
 
@@ -94,12 +95,16 @@ class Trained:
             if param is None:
                 continue
             like = eqx.filter(param.value, eqx.is_inexact_array)
-            if jtu.tree_structure(part) != jtu.tree_structure(like):
+            if _key(part) != _key(like):
                 at = path + _first_difference(like, part)
                 raise _misfit(at, "the structure is not that of the Param's arrays")
             _check_shapes(path, like, part)
             found[-1] = part
         return self._treedef.unflatten(found)
+
+
+def _key(tree: Any) -> TreeKey:
+    return treedef_key(jtu.tree_structure(tree))
 
 
 def _combined(param: State, part: Any) -> Any:

@@ -12,7 +12,7 @@ from jax import lax
 from .._errors import StateValueError, message
 from .._state import access
 from .._state.cell import Cell, Value, Values
-from .._state.static import static_key
+from .._state.static import static_key, treedef_key
 from .._state.structure import ARRAY, LEAF, Structure, leaves_of
 from .._trace.program import Program
 from .._trace.result import OutTree, Reference
@@ -115,7 +115,7 @@ def _describe(structure: Structure, avals: Sequence[Any]) -> str:
 
 
 def _same_layout(a: OutTree, b: OutTree) -> bool:
-    if a.treedef != b.treedef:
+    if treedef_key(a.treedef) != treedef_key(b.treedef):
         return False
     pairs = zip(a.leaves, b.leaves, strict=True)
     return all(x is y or _key(x) == _key(y) for x, y in pairs)

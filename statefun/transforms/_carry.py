@@ -74,8 +74,6 @@ class Carry:
 
 
 def _same_layout(a: Any, b: Any) -> bool:
-    if jtu.tree_structure(a) != jtu.tree_structure(b):
-        return False
     if treedef_key(jtu.tree_structure(a)) != treedef_key(jtu.tree_structure(b)):
         return False
     pairs = zip(jtu.tree_leaves(a), jtu.tree_leaves(b), strict=True)
@@ -91,7 +89,7 @@ def _same_layout(a: Any, b: Any) -> bool:
 
 
 def _difference(a: Any, b: Any) -> str:
-    if jtu.tree_structure(a) != jtu.tree_structure(b):
+    if treedef_key(jtu.tree_structure(a)) != treedef_key(jtu.tree_structure(b)):
         return f"got {jtu.tree_structure(a)} and {jtu.tree_structure(b)}"
     for (path, x), y in zip(
         jtu.tree_leaves_with_path(a), jtu.tree_leaves(b), strict=True
