@@ -31,6 +31,7 @@ LAYERS = (
     ("_errors", "_promotion"),
     ("ir",),
     ("_state.static", "_state.numbers"),
+    ("_state.fingerprint",),
     ("_state.structure",),
     ("_state.cell",),
     ("_state.access",),

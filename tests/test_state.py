@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, strategies as st
 from jaxtyping import Array, Float, jaxtyped
@@ -1118,3 +1119,58 @@ def test_a_state_of_an_argument_is_named_by_its_place_in_the_arguments():
     named = r"^State 'count' at `args\[0\]\.count` \(created at .* was written"
     with pytest.raises(sf.StateTraceError, match=named):
         step(Counter())
+
+
+# -- kinds with attributes, and kinds that give out something else ------------------
+
+
+class Scaled(sf.State):
+    def __init__(self, value, scale, name=None):
+        super().__init__(value, name=name)
+        self.scale = scale
+
+
+class OneState(eqx.Module):
+    state: sf.State
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [(2, 3), ([1], [2]), (jnp.array(2.0), jnp.array(3.0)), (1, 1.0)]
+)
+def test_a_program_is_not_shared_by_states_whose_attributes_differ(a, b):
+    seen = []
+    jitted = sf.filter_jit(lambda m: seen.append(m.state.scale))
+    for scale in (a, b, a):
+        jitted(OneState(Scaled(jnp.array(1.0), scale)))
+    assert [str(s) for s in seen] == [str(a), str(b)]
+
+
+def test_a_program_is_not_shared_by_states_whose_names_differ():
+    jitted = sf.filter_jit(lambda m: {m.state.name: m.state.value})
+    for name in ("first", "second"):
+        assert list(jitted(OneState(sf.State(jnp.array(1), name=name)))) == [name]
+
+
+class Positive(sf.Param):
+    """Holds the logarithm."""
+
+    def __init__(self, value):
+        super().__init__(jnp.log(value))
+
+    @property
+    def value(self):
+        return jnp.exp(sf.Param.value.fget(self))
+
+    @value.setter
+    def value(self, new):
+        sf.Param.value.fset(self, jnp.log(new))
+
+
+def test_a_kind_that_overrides_value_is_copied_updated_and_trained_as_it_is_held():
+    p = Positive(jnp.array(3.0))
+    sf.update(p, sf.freeze(p))
+    for state in (p, sf.clone(p), copy.deepcopy(p), pickle.loads(pickle.dumps(p))):
+        assert jnp.allclose(state.value, 3.0)
+    optimizer = sf.Optimizer(optax.sgd(0.01), p)
+    optimizer.update(sf.filter_grad(lambda: p.value**2, wrt=p)())
+    assert jnp.allclose(jnp.log(p.value), jnp.log(3.0) - 0.01 * 18, atol=1e-5)

@@ -260,7 +260,8 @@ def split(args: tuple, kwargs: dict) -> tuple[list, tuple, list[State], Any, Any
         elif isinstance(leaf, State):
             cell = leaf._cell
             states.setdefault(cell, leaf)
-            keys.append((type(leaf), index.setdefault(cell, len(index))))
+            at = index.setdefault(cell, len(index))
+            keys.append((type(leaf), at, leaf._static_key()))
         else:
             key = static_key(leaf)
             if is_identity(key):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -225,9 +226,10 @@ class Site:
     def _watch(self, thing: Any) -> Any:
         site = weakref.ref(self)
 
-        def died(_: Any) -> None:  # may run at any moment
+        def died(_: Any, finalizing: Any = sys.is_finalizing) -> None:
+            # May run at any moment, the end of the interpreter included.
             self = site()
-            if self is not None:
+            if self is not None and not finalizing():
                 self.calls.drop(self)
 
         return weakref.ref(thing, died)

@@ -1,6 +1,7 @@
 """What a user holds: cells, States, and trees of them.
 
-- `static`, `structure`, `numbers`: a value, split into its arrays and everything else.
+- `static`, `fingerprint`: keys of what is static.
+- `structure`, `numbers`: a value, split into its arrays and everything else.
 - `cell`: the storage of a State. Owns committed values, and the one lock and the one
   commit by which they change; nobody else assigns them.
 - `access`: how a State reads and writes: in the frame of the trace under way, if there

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar, Generic, TypeVar
@@ -15,6 +16,7 @@ from .. import _errors
 from .._errors import StateTypeError, message
 from . import access
 from .cell import UNSET, Cell, Value
+from .fingerprint import fingerprint
 from .numbers import normalise
 from .structure import Structure, flatten, leaves_of
 
@@ -170,13 +172,23 @@ class State(Generic[T]):
             object.__setattr__(new, key, copy.deepcopy(attribute, memo))
         return new
 
+    def _static_key(self) -> Any:
+        """What a traced function can see of a State beside its kind and its value."""
+        attributes = _attributes(self)
+        if not attributes:
+            return self._cell.name
+        return self._cell.name, fingerprint(attributes)
+
     def _shell(self) -> Shell:
         cell = self._cell
         return Shell(type(self), cell.name, cell.where, _attributes(self))
 
     def _stand_in(self, path: str) -> State[T]:
         """A State of the same kind and name without a value, for a traced function."""
-        new = self._shell()._bare()
+        shell = self._shell()
+        # Copies, lest the program change with a list that the user changes in place.
+        own = {k: jax.tree.map(lambda x: x, v) for k, v in shell.attributes.items()}
+        new = dataclasses.replace(shell, attributes=own)._bare()
         new._own = Cell(type(self), self.name, self._own.where)
         new._own.path = path
         new._own.handle = weakref.ref(new)
@@ -222,11 +234,26 @@ def _refuse_state(value: Any, owner: str) -> None:
         )
 
 
+def held(state: State) -> Any:
+    """What a State holds, which is `.value` unless its kind gives out something else.
+
+    Gradients are taken of it, and trees of States, copies and optimizers work on it: a
+    kind that overrides `value` is neither converted twice nor half.
+    """
+    return access.value_of(state._cell)
+
+
 def _attributes(state: State) -> dict[str, Any]:
     """What a subclass has added."""
-    names = [n for c in type(state).__mro__ for n in getattr(c, "__slots__", ())]
-    own = {n: getattr(state, n) for n in names if n not in _OWN and hasattr(state, n)}
+    names = _slots(type(state))
+    own = {n: getattr(state, n) for n in names if hasattr(state, n)}
     return own | dict(getattr(state, "__dict__", {}))
+
+
+@functools.cache
+def _slots(kind: type) -> tuple[str, ...]:
+    names = [n for c in kind.__mro__ for n in getattr(c, "__slots__", ())]
+    return tuple(n for n in names if n not in _OWN)
 
 
 _OWN = ("__weakref__", "__dict__", "_own")

@@ -16,7 +16,7 @@ from .._errors import StateValueError, message
 from . import access
 from .cell import Cell, Value
 from .numbers import normalise
-from .state import State
+from .state import State, held
 from .static import TreeKey, exact_key, static_key, treedef_key
 from .structure import ARRAY, Structure, flatten, leaves_of, same
 
@@ -29,7 +29,7 @@ def _walk(tree: Any, path: str = "") -> Iterator[tuple[str, State]]:
         if isinstance(leaf, State):
             here = path + jtu.keystr(keys)
             yield here, leaf
-            yield from _walk(leaf.value, here + ".value")
+            yield from _walk(held(leaf), here + ".value")
 
 
 def states(tree: Any, kind: type[State] = State) -> dict[str, State]:
@@ -87,9 +87,9 @@ def values(tree: T, kind: type[State] = State) -> T:
 
     def replace(leaf: Any) -> Any:
         if isinstance(leaf, kind):
-            return inside(leaf.value)
-        if isinstance(leaf, State) and states(leaf.value, kind):
-            return jtu.tree_map(replace, leaf.value)
+            return inside(held(leaf))
+        if isinstance(leaf, State) and states(held(leaf), kind):
+            return jtu.tree_map(replace, held(leaf))
         return None
 
     def inside(value: Any) -> Any:
@@ -118,7 +118,7 @@ def freeze(tree: T) -> T:
         eqx.tree_pprint(sf.freeze(model))
         ```
     """
-    return jtu.tree_map(lambda x: freeze(x.value) if isinstance(x, State) else x, tree)
+    return jtu.tree_map(lambda x: freeze(held(x)) if isinstance(x, State) else x, tree)
 
 
 def update(tree: Any, values: Any) -> None:
@@ -203,7 +203,7 @@ def _pair_state(
     path: str, state: State, value: Any
 ) -> Iterator[tuple[str, State, Any]]:
     """The State itself, and the States in its value, which are written by themselves."""
-    old = state.value
+    old = held(state)
     if any(isinstance(leaf, State) for leaf in jtu.tree_leaves(old)):
         own = []
         for here, leaf, part in _zip(old, value, path + ".value"):
@@ -372,7 +372,7 @@ def clone(tree: T) -> T:
         if not isinstance(leaf, State):
             return leaf
         if leaf._cell not in made:
-            flat, structure = flatten(jtu.tree_map(copied, leaf.value))
+            flat, structure = flatten(jtu.tree_map(copied, held(leaf)))
             made[leaf._cell] = leaf._like((flat, structure))
         return made[leaf._cell]
 

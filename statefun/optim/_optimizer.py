@@ -13,8 +13,8 @@ import optax
 from .._promotion import library_promotion, present_promotion, promotion
 from .._state.state import State
 from .._trace import frame as _frame
-from ._fingerprint import SameWork
 from ._hyperparams import Hyperparams
+from ._same_work import SameWork
 from ._trained import Trained
 
 _FUNCTIONS = ("value_fn", "grad_fn")

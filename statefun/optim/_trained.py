@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 
 from .._errors import StateTypeError, StateValueError, message
 from .._state.cell import Cell
-from .._state.state import Param, State
+from .._state.state import Param, State, held
 from .._state.static import TreeKey, treedef_key
 from .._state.structure import flatten
 from .._state.tree import _children, _first_difference, states
@@ -60,7 +60,7 @@ class Trained:
         """The present values."""
         return self._treedef.unflatten(
             [
-                None if p is None else eqx.filter(p.value, eqx.is_inexact_array)
+                None if p is None else eqx.filter(held(p), eqx.is_inexact_array)
                 for p in self._places
             ]
         )
@@ -73,7 +73,7 @@ class Trained:
 
     def write(self, arrays: Any) -> None:
         for param, part in self.parts(arrays):
-            param.value = _combined(param, part)
+            State.value.fset(param, _combined(param, part))  # type: ignore[attr-defined]
 
     def values(self, arrays: Any) -> dict[Cell, Any]:
         """What the Params would hold if `arrays` were written."""
@@ -94,7 +94,7 @@ class Trained:
             found.append(None)
             if param is None:
                 continue
-            like = eqx.filter(param.value, eqx.is_inexact_array)
+            like = eqx.filter(held(param), eqx.is_inexact_array)
             if _key(part) != _key(like):
                 at = path + _first_difference(like, part)
                 raise _misfit(at, "the structure is not that of the Param's arrays")
@@ -108,7 +108,7 @@ def _key(tree: Any) -> TreeKey:
 
 
 def _combined(param: State, part: Any) -> Any:
-    return eqx.combine(part, param.value)
+    return eqx.combine(part, held(param))
 
 
 def _differs_at(tree: Any, grads: Any) -> str | None:

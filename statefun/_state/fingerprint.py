@@ -1,10 +1,8 @@
-"""Which optax transformations do the same thing?
+"""Which objects behave the same?
 
-An `optax.GradientTransformation` is a pair of closures, and Python compares closures by
-identity: a second `optax.adam(1e-3)` would be another static argument, and a compiled
-step would be traced anew. Two closures do the same if they run the same code on equal
-cells. That is what a fingerprint says, and it errs on the safe side: what it can't look
-into is equal to itself only.
+Python compares closures by identity. Two closures do the same if they run the same code
+on equal cells. That is what a fingerprint says, and it errs on the safe side: what it
+can't look into is equal to itself only.
 """
 
 from __future__ import annotations
@@ -16,40 +14,9 @@ from collections.abc import Hashable
 from typing import Any
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 
-from .._compat import Tracer
-from .._state.static import _Identity, static_key, treedef_key
-
-_LARGE = 1 << 20  # bytes; such an array is not read back from its device to compare it
-
-
-class SameWork:
-    """A transformation, equal to every other one that does the same."""
-
-    __slots__ = ("_hash", "_key", "tx")
-
-    def __init__(self, tx: Any):
-        self.tx = tx
-        self._key = fingerprint(tx)
-        self._hash = hash(self._key)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, SameWork):
-            return NotImplemented
-        return self is other or (self._hash == other._hash and self._key == other._key)
-
-    def __repr__(self) -> str:
-        return type(self.tx).__name__
-
-    def __reduce__(self) -> Any:
-        return SameWork, (self.tx,)
+from .static import _Identity, array_key, static_key, treedef_key
 
 
 def fingerprint(obj: Any) -> Hashable:
@@ -97,7 +64,7 @@ class _Walk:
         if isinstance(obj, set | frozenset):
             return kind, frozenset(static_key(x) for x in obj)
         if eqx.is_array(obj):
-            return kind, self._array(obj)
+            return array_key(obj)
         if isinstance(obj, eqx.Module):
             leaves, treedef = jtu.tree_flatten(obj)
             return kind, treedef_key(treedef), tuple(self.of(x) for x in leaves)
@@ -120,15 +87,6 @@ class _Walk:
             self.of(fun.__kwdefaults__),
             tuple(cells),
         )
-
-    def _array(self, array: Any) -> Hashable:
-        if isinstance(array, Tracer) or array.nbytes > _LARGE:
-            return _Identity(array)
-        aval = jax.typeof(array)
-        weak = getattr(aval, "weak_type", False)
-        if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
-            array = jax.random.key_data(array)
-        return aval.shape, aval.dtype, weak, np.asarray(array).tobytes()
 
 
 def _is_ours_to_open(obj: Any) -> bool:
