@@ -137,6 +137,46 @@ batching.primitive_batchers[_batch_probe_p] = _on_batched
 mlir.register_lowering(_batch_probe_p, lambda ctx, x, *, index: [x])
 
 
+_lane_p = jec.Primitive("lane")
+batching.primitive_batchers[_lane_p] = lambda args, dims, *, axis: (args[1], axis)
+
+
+def lane_of(marker: Any, array: Any, axis: int) -> Any:
+    """Inside a vmap what a lane sees of an array from outside that is mapped, too.
+
+    As if the array had been an argument of the vmap. JAX has no public way to map one
+    that turns up when the function is running already; a primitive whose batching rule
+    says that the array is the batch does it, without an operation.
+
+    **Arguments:**
+
+    - `marker`: any array that is mapped by the vmap.
+    - `array`: has an entry for each lane.
+    - `axis`: of the array.
+    """
+    return _lane_p.bind(marker, array, axis=axis % array.ndim)
+
+
+def _numbers(args: Sequence[Any], dims: Sequence[int]) -> Any:
+    ((marker,), (axis,)) = args, dims
+    numbers = np.arange(marker.shape[axis], dtype=np.int32)
+    if jax.typeof(marker).sharding.spec[axis] is None:
+        return numbers, 0
+    # What is mapped has to be sharded alike where the axes of the mesh are explicit.
+    marker = jax.lax.stop_gradient(marker)
+    row = marker[tuple(slice(None) if i == axis else 0 for i in range(marker.ndim))]
+    return jnp.zeros_like(row, dtype=np.int32) + numbers, 0
+
+
+_lane_number_p = jec.Primitive("lane_number")
+batching.primitive_batchers[_lane_number_p] = _numbers
+
+
+def lane_number(marker: Any) -> Any:
+    """Inside a vmap the number of the lane; `marker` as in `lane_of`."""
+    return _lane_number_p.bind(marker)
+
+
 def batched(arrays: Sequence[Any], outside: Any) -> set[int]:
     """The positions of the arrays that differ along the axis of the current vmap.
 

@@ -72,11 +72,15 @@ _INNERMOST: Any = object()
 
 
 def current(cell: Cell, frame: Frame | None = _INNERMOST) -> Value:
-    """The value as it stands in a frame, without counting as a read."""
+    """The value as it stands in a frame.
+
+    It doesn't count as a read, except in a frame that shows its States in another form
+    than they have outside: there the form is found out by reading.
+    """
     if frame is _INNERMOST:
         frame = local.frame
     while frame is not None:
-        found = frame.writes.get(cell) or frame.reads.get(cell) or frame.known.get(cell)
+        found = frame.present(cell)
         if found is not None:
             return found
         frame = frame.parent

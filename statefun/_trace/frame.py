@@ -122,6 +122,10 @@ class Frame:
             found = self.reads[cell] = self._first_read(cell)
         return found
 
+    def present(self, cell: Cell) -> Value | None:
+        """What a State is known to hold here; None if it is as in the frame around."""
+        return self.writes.get(cell) or self.reads.get(cell) or self.known.get(cell)
+
     def value(self, cell: Cell) -> Any:
         flat, structure = self.read(cell)
         handed = self._handed.get(cell)
@@ -233,9 +237,15 @@ class Overlay(Frame):
         if self._keeps and self.kept:
             forget_inner_traces()
 
+    def present(self, cell: Cell) -> Value | None:
+        found = super().present(cell)
+        if found is None and self._view is not None and not self._sealed:
+            return self.peek(cell)
+        return found
+
     def _first_read(self, cell: Cell) -> Value:
         if self._sealed and self._view is not None:
-            return self._view(cell, current(cell))
+            return self._view(cell, current(cell, self.parent))
         if self.parent is not None:
             value = self.parent.peek(cell)
             if self._view is None:
@@ -246,6 +256,17 @@ class Overlay(Frame):
             return committed(cell)
         with _compat.in_trace(self._trace):
             return read_inside_raw_transform(cell)
+
+
+class _Noting(Overlay):
+    """An overlay inside a raw transform, in a frame that belongs to the trace around."""
+
+    def _first_read(self, cell: Cell) -> Value:
+        value = super()._first_read(cell)
+        assert self.parent is not None, "see `_inside_a_raw_transform`"
+        with _compat.in_trace(self._trace):
+            self.parent._foreign_read(cell)
+        return value
 
 
 class TracedFrame(Frame):
@@ -313,11 +334,7 @@ def _inside_a_raw_transform(outer: Frame, run: Callable[[], R]) -> R:
     """The frame around belongs to another trace: its reads have to be noted as foreign,
     lest JAX use them again where they are stale, and its writes are refused."""
 
-    def noted(cell: Cell, value: Value) -> Value:
-        outer._foreign_read(cell)
-        return value
-
-    return _run_in(Overlay(view=noted), outer, run)
+    return _run_in(_Noting(), outer, run)
 
 
 def _settle(frame: Frame) -> bool:

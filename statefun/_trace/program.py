@@ -155,7 +155,7 @@ def trace(
 
     - `run`: takes the dynamic leaves one by one and returns any pytree.
     - `dynamic`: arrays, or anything else `jax.make_jaxpr` takes.
-    - `known`: values that stand in for those of the States they belong to.
+    - `known`: see `frame.TracedFrame`.
     - `arg_index`: the stand-ins for States of arguments, by position.
     - `axis_env`: as in `jax.make_jaxpr`.
     - `stand_ins`: for States of the arguments, by the States that they stand for.

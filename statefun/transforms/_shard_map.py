@@ -14,11 +14,12 @@ from jax.sharding import PartitionSpec
 
 from .._call.args import spread_prefix
 from .._compat import varying_axes
-from .._errors import StateTraceError, message
+from .._errors import StateTraceError, StateValueError, message
+from .._state import access
 from .._state.cell import Cell, Value, Values
 from .._state.structure import leaves_of
 from .._trace.result import unpack
-from ._state_axes import reachable, rule
+from ._state_axes import Rule, items_of_states, reachable
 from ._twin import (
     Lanes,
     Updates,
@@ -34,9 +35,10 @@ _INFER = inspect.signature(jax.shard_map).parameters["in_specs"].default
 
 
 class _Found(Exception):
-    """A State that is held in pieces was read, and had not been expected."""
+    """A State that is held in pieces was met, and had not been expected."""
 
-    def __init__(self, cell: Cell):
+    def __init__(self, by: Rule, cell: Cell):
+        self.by = by
         self.cell = cell
 
 
@@ -53,27 +55,27 @@ class _ShardMap(Wrapper):
 
     def __call__(self, /, *args: Any) -> Any:
         def run() -> Any:
+            rule = Rule(
+                "state_specs", self._state_specs, _is_spec, self._specs_of_states(args)
+            )
             found: list[Cell] = []
             while True:
                 try:
-                    return self._share(args, found)
+                    return self._share(args, rule, found)
                 except _Found as late:
+                    if late.by is not rule:  # it is of a `shard_map` around
+                        raise
                     found.append(late.cell)
 
         return transaction(run)
 
-    def _spec_of(self, cell: Cell) -> PartitionSpec | None:
-        state = None if cell.handle is None else cell.handle()
-        of = rule(self._state_specs, lambda s: isinstance(s, PartitionSpec))
-        return None if state is None else of(state)
-
-    def _share(self, args: tuple, found: list[Cell]) -> Any:
+    def _share(self, args: tuple, rule: Rule, found: list[Cell]) -> Any:
         in_pieces: dict[Cell, PartitionSpec] = {}
-        if self._state_specs is not None:
-            for cell in [*reachable(self._fun, args, self._state_specs), *found]:
-                spec = self._spec_of(cell)
-                if spec is not None:
-                    in_pieces[cell] = spec
+        for cell in [*reachable(self._fun, args, self._state_specs), *found]:
+            spec = rule(cell)
+            if spec is not None:
+                self._check_spec(cell, spec)
+                in_pieces[cell] = spec
         values = values_of(in_pieces)
         arrays, build = split_arrays(args)
         # One group of written States for each spec: which States these are is known
@@ -87,8 +89,8 @@ class _ShardMap(Wrapper):
         )
 
         def view(cell: Cell, value: Value) -> Value:
-            if self._spec_of(cell) is not None:
-                raise _Found(cell)
+            if rule(cell) is not None:
+                raise _Found(rule, cell)
             return lanes.view(cell, value)
 
         def inner(pieces: Values, *arrays: Any) -> Any:
@@ -98,9 +100,9 @@ class _ShardMap(Wrapper):
             written, seen["advanced"] = lanes.take_out(written.without(written.created))
             groups = [Values() for _ in specs]
             for cell, value in written.values.items():
-                spec = in_pieces.get(cell) or self._spec_of(cell)
-                if spec is not None and spec not in specs:
-                    raise _Found(cell)
+                spec = rule(cell)
+                if spec is not None and cell not in in_pieces:
+                    raise _Found(rule, cell)
                 if spec is None:
                     _check_shared(cell, value)
                 groups[0 if spec is None else specs.index(spec)][cell] = value
@@ -121,9 +123,29 @@ class _ShardMap(Wrapper):
         lanes.advance(seen["advanced"])
         return unpack(eqx.combine(dynamic, seen["static"]))
 
+    def _mesh(self) -> Any:
+        return self._options["mesh"] or jax.sharding.get_abstract_mesh()
+
+    def _check_spec(self, cell: Cell, spec: PartitionSpec) -> None:
+        """Raises unless the State can be held in such pieces."""
+        for x in leaves_of(*access.read(cell)):
+            aval = jax.typeof(x)
+            wrong = _misfit(aval.shape, spec, self._mesh().shape)
+            if wrong is not None:
+                raise StateValueError(
+                    message(
+                        f"`shard_map` splits {cell.describe()} by {spec}, but its value, "
+                        f"{aval.str_short()}, {wrong}.",
+                        "a State that comes in by an argument with a spec, or that "
+                        "`state_specs` names, is held in pieces of equal shape.",
+                        "give the State such a value, another spec, or `P()` to have it "
+                        "replicated.",
+                    )
+                )
+
     def _axis_names(self) -> dict[Any, int]:
         """The axes that are mapped, and their sizes."""
-        mesh = self._options["mesh"] or jax.sharding.get_abstract_mesh()
+        mesh = self._mesh()
         wanted = self._options["axis_names"] or mesh.axis_names
         return {name: mesh.shape[name] for name in mesh.axis_names if name in wanted}
 
@@ -131,11 +153,39 @@ class _ShardMap(Wrapper):
         """A spec for every array of the arguments; None to have JAX infer them."""
         if self._in_specs is _INFER:
             return None
-        given = self._in_specs
-        given = given if type(given) is tuple else (given,) * len(args)
         leaves = jax.tree_util.tree_leaves(args)
-        spread = spread_prefix(given, args)
+        spread = spread_prefix(self._given(args), args)
         return [s for s, x in zip(spread, leaves, strict=True) if eqx.is_array(x)]
+
+    def _given(self, args: tuple) -> tuple:
+        given = self._in_specs
+        return given if type(given) is tuple else (given,) * len(args)
+
+    def _specs_of_states(self, args: tuple) -> dict[Cell, PartitionSpec]:
+        """The specs by which States are split that come in by an argument."""
+        if self._in_specs is _INFER:
+            return {}
+        return items_of_states("shard_map", self._given(args), args)
+
+
+def _misfit(shape: tuple, spec: PartitionSpec, mesh: Any) -> str | None:
+    """Why an array can't be split by a spec; None if it can."""
+    if len(spec) > len(shape):
+        return f"has {len(shape)} axes"
+    for size, entry in zip(shape, spec, strict=False):
+        names = entry if isinstance(entry, tuple) else (entry,)
+        parts = 1
+        for name in names:
+            if name is not None and name not in mesh:
+                return f"can't be split along {name!r}, which the mesh doesn't have"
+            parts *= 1 if name is None else mesh[name]
+        if size % parts:
+            return f"has {size} entries, to be split into {parts} pieces"
+    return None
+
+
+def _is_spec(item: Any) -> bool:
+    return isinstance(item, PartitionSpec)
 
 
 def _check_shared(cell: Cell, value: Value) -> None:

@@ -1,43 +1,196 @@
-"""`state_axes` and `state_specs`: which States a mapped function holds a piece of."""
+"""`state_axes` and `state_specs`: which States a mapped function holds a piece of.
+
+One rule serves all twins that map: a State that comes in as a leaf of a mapped argument
+goes with the argument's arrays, one that is reached in any other way is shared, and
+`state_axes` overrides both.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import equinox as eqx
 import jax.tree_util as jtu
 
-from .._state.cell import Cell
+from .._call.args import spread_prefix
+from .._errors import StateTypeError, StateValueError, message
+from .._state import access
+from .._state.cell import UNSET, Cell
 from .._state.state import State
+from .._state.structure import leaves_of
 
 
-def rule(spec: Any, is_whole: Callable[[Any], bool]) -> Callable[[State], Any]:
-    """What `state_axes` says of a State: the first pair that matches decides.
+class Rule:
+    """What holds for a State: the first pair that matches decides, then its argument.
 
     **Arguments:**
 
+    - `keyword`: the name of the twin's keyword, for errors.
     - `spec`: None, something that holds for all States, or a list of pairs of a State, a
         kind or a predicate, and what holds for these.
-    - `is_whole`: whether it is something that holds for all.
+    - `is_item`: whether it is something that can hold for a State.
+    - `arguments`: what holds for the States that come in by a mapped argument.
     """
-    if spec is None or is_whole(spec):
-        return lambda state: spec
 
-    def matches(pattern: Any, state: State) -> bool:
-        if isinstance(pattern, State):
-            return pattern is state
-        if isinstance(pattern, type):
-            return isinstance(state, pattern)
-        return bool(pattern(state))
+    def __init__(
+        self,
+        keyword: str,
+        spec: Any,
+        is_item: Callable[[Any], bool],
+        arguments: Mapping[Cell, Any] | None = None,
+    ):
+        self._for_all = spec if is_item(spec) else None
+        self._pairs = () if spec is None or is_item(spec) else _pairs(keyword, spec)
+        self._arguments = arguments or {}
+        for pattern, item in self._pairs:
+            if item is not None and not is_item(item):
+                raise _wrong(keyword, spec, f"{item!r} is given for {pattern!r}")
+        # A State that is named is part of the function, whatever that reaches it by.
+        access.touch(p._cell for p, _ in self._pairs if isinstance(p, State))
 
-    def find(state: State) -> Any:
-        for pattern, item in spec:
-            if matches(pattern, state):
-                return item
-        return None
+    def __call__(self, cell: Cell) -> Any:
+        """What holds for the State; None if it is shared."""
+        if self._for_all is not None:
+            return self._for_all
+        state = None if cell.handle is None else cell.handle()
+        if state is not None:
+            for pattern, item in self._pairs:
+                if _matches(pattern, state):
+                    return item
+        return self._arguments.get(cell)
 
-    return find
+
+def _pairs(keyword: str, spec: Any) -> tuple[tuple[Any, Any], ...]:
+    try:
+        pairs = tuple((pattern, item) for pattern, item in spec)
+    except (TypeError, ValueError) as error:
+        raise _wrong(keyword, spec, f"it is {spec!r}") from error
+    for pattern, _ in pairs:
+        if not isinstance(pattern, State) and not callable(pattern):
+            raise _wrong(keyword, spec, f"{pattern!r} stands for the States")
+    return pairs
+
+
+def _wrong(keyword: str, spec: Any, what: str) -> StateTypeError:
+    named = [s._cell.describe() for s in jtu.tree_leaves(spec) if isinstance(s, State)]
+    return StateTypeError(
+        message(
+            f"`{keyword}` can't be understood: {what}"
+            + (f", beside {', '.join(named)}." if named else "."),
+            "it says for all States, or for some, along which axis they are mapped or "
+            "how they are split.",
+            f"`{keyword}=[(state, item), …]`, with a State, a kind of State or a "
+            "predicate in each pair, or one item for all States.",
+        )
+    )
+
+
+def _matches(pattern: Any, state: State) -> bool:
+    if isinstance(pattern, State):
+        return pattern is state
+    if isinstance(pattern, type):
+        return isinstance(state, pattern)
+    return bool(pattern(state))
+
+
+def is_axis(item: Any) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool)
+
+
+class StateAxes(eqx.Module):
+    """A `state_axes` on its way through a call: its States are arguments like others."""
+
+    spec: Any
+
+
+# -- by arguments --------------------------------------------------------------------
+
+
+def items_of_states(twin: str, items: Any, tree: Any) -> dict[Cell, Any]:
+    """What holds for each State in the arguments of a twin, by the place it stands in.
+
+    States in the value of a State go with it.
+
+    **Arguments:**
+
+    - `items`: a prefix of the tree: an axis or a spec, None for what is shared, or a
+        function of an array that says which.
+    """
+    found: dict[Cell, Any] = {}
+
+    def note(item: Any, leaf: Any) -> None:
+        if not isinstance(leaf, State):
+            return
+        cell = leaf._cell
+        flat, structure = access.current(cell)
+        if flat is UNSET:
+            return
+        mine = item
+        if callable(item):
+            each = list(dict.fromkeys(map(item, leaves_of(flat, structure))))
+            mine = next(iter(each), None)
+            if len(each) > 1:
+                raise _two_places(twin, cell, each)
+        if found.setdefault(cell, mine) != mine:
+            raise _two_places(twin, cell, [found[cell], mine])
+        for inner in structure.statics:
+            note(item, inner)
+
+    if any(isinstance(x, State) for x in jtu.tree_leaves(tree)):
+        for item, leaf in zip(
+            spread_prefix(items, tree), jtu.tree_leaves(tree), strict=True
+        ):
+            note(item, leaf)
+    return {cell: item for cell, item in found.items() if item is not None}
+
+
+def _two_places(twin: str, cell: Cell, items: list[Any]) -> StateValueError:
+    return StateValueError(
+        message(
+            f"{cell.describe()} comes into `{twin}` along {items[0]} and along "
+            f"{items[1]} (None: shared).",
+            "it is one State, wherever it stands: it is mapped in one way, or shared.",
+            "give all its places, and all arrays of its value, the same axis.",
+        )
+    )
+
+
+def check_axis(
+    twin: str, cell: Cell, avals: Iterable[Any], axis: int, size: int
+) -> None:
+    """Raises unless each array of a State has `size` entries along its axis."""
+    for aval in avals:
+        if not -aval.ndim <= axis < aval.ndim:
+            what = "has no such axis"
+        elif aval.shape[axis] != size:
+            what = f"has {aval.shape[axis]} there"
+        else:
+            continue
+        raise StateValueError(
+            message(
+                f"`{twin}` maps {cell.describe()} along axis {axis}, with {size} entries, "
+                f"but its value, {aval.str_short()}, {what}.",
+                "a State that comes in with a mapped argument, or that `state_axes` "
+                "names, holds an entry for each lane or step.",
+                "give the State such a value, or let it be shared: "
+                "`state_axes=[(state, None)]`, or reach it by the function's closure.",
+            )
+        )
+
+
+def size_along(rule: Rule, *roots: Any) -> int | None:
+    """How many entries the mapped States have, of those likely to be touched."""
+    for cell in reachable(*roots):
+        axis = rule(cell)
+        flat, structure = access.current(cell)
+        if axis is None or flat is UNSET:
+            continue
+        for x in leaves_of(flat, structure):
+            if -x.ndim <= axis < x.ndim:
+                return x.shape[axis]
+    return None
 
 
 def reachable(*roots: Any) -> dict[Cell, State]:

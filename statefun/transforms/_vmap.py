@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.tree_util as jtu
 import numpy as np
-from jax import lax
 
 from .. import _compat
-from .._errors import StateTraceError, message
-from .._state.cell import Cell, Value, Values
+from .._call.args import spread_prefix
+from .._errors import StateTraceError, StateValueError, message
+from .._state import access
+from .._state.cell import UNSET, Cell, Value, Values
 from .._state.state import is_state
 from .._state.structure import flat_of, leaves_of
 from .._trace.result import unpack
-from ._state_axes import reachable, rule
-from ._twin import Lanes, Wrapper, run_pure, values_of
+from ._state_axes import Rule, check_axis, is_axis, items_of_states, size_along
+from ._twin import Lanes, Wrapper, run_pure
 
 # `eqx.if_array` makes a rule that looks at each leaf; one is enough.
 _ARRAYS_ALONG_0 = eqx.if_array(0)
@@ -39,63 +41,49 @@ class _Vmap(Wrapper):
         return self._fun
 
     def _run(self, args: tuple, kwargs: dict) -> Any:
-        axis_of = rule(self._state_axes, lambda axis: isinstance(axis, int))
-        mapped: dict[Cell, int] = {}
-        if self._state_axes is not None:
-            for cell, state in reachable(
-                self._fun, args, kwargs, self._state_axes
-            ).items():
-                axis = axis_of(state)
-                if axis is not None:
-                    mapped[cell] = axis
-        pieces = values_of(mapped)
-        in_axes, kw_axes = _axes(self._fun, self._in_axes, args, kwargs)
+        axes = _axes(self._fun, self._in_axes, args, kwargs)
+        states = items_of_states("filter_vmap", axes, (args, kwargs))
         if any(map(is_state, jtu.tree_leaves((args, kwargs)))):
-            in_axes, kw_axes = _past_states((in_axes, kw_axes))
-        axes = [mapped[c] for c in pieces]
-        along = Values(
-            zip(
-                pieces,
-                zip(axes, (s for _, s in pieces.values()), strict=True),
-                strict=False,
-            )
-        )
-        axes_in = along, in_axes, kw_axes
-        size = self._axis_size or _size((pieces, args, kwargs), axes_in)
-        number: list[Any] = []  # of the lane
-        lanes = Lanes(size or 1, lambda: number[0])
+            axes = _past_states(axes)
+        rule = Rule("state_axes", self._state_axes, is_axis, states)
+        size, marker, marker_axis = self._lanes(rule, axes, args, kwargs)
+        inside: list[Any] = []  # the marker in the vmap
+        lanes = Lanes(size or 1, lambda: _compat.lane_number(inside[0]))
+
+        def check(cell: Cell, value: Value) -> int | None:
+            """The axis that a State is mapped along, which its arrays have to have."""
+            axis = rule(cell)
+            if axis is not None and size is not None and value[0] is not UNSET:
+                avals = [jax.typeof(x) for x in leaves_of(*value)]
+                check_axis("filter_vmap", cell, avals, axis, size)
+                _check_sharding(cell, avals, axis, jax.typeof(marker), marker_axis)
+            return axis
 
         def lane(cell: Cell, value: Value) -> Value:
-            """What a lane sees of a State that was not known to be touched."""
-            axis = axis_for(cell)
+            """What a lane sees of a State."""
+            axis = check(cell, value)
             if axis is None:
                 return lanes.view(cell, value)
-            mapped[cell] = axis
             flat, structure = value
             cut = [
-                lax.dynamic_index_in_dim(x, number[0], axis, keepdims=False)
-                for x in leaves_of(flat, structure)
+                _compat.lane_of(inside[0], x, axis) for x in leaves_of(flat, structure)
             ]
             return flat_of(cut, structure), structure
 
-        def axis_for(cell: Cell) -> int | None:
-            if cell in mapped:
-                return mapped[cell]
-            state = None if cell.handle is None else cell.handle()
-            return None if state is None else axis_of(state)
-
+        for cell in states:
+            check(cell, access.current(cell))
         outside = _compat.current_trace()
         seen: dict[str, Any] = {}
         turns: list[int | None] = []  # the axis of each array that is written
 
-        def inner(lane_number: Any, pieces: Values, args: tuple, kwargs: dict) -> Any:
-            number.append(lane_number)
-            out, written = run_pure(
-                lambda: self._fun(*args, **kwargs), pieces, view=lane
-            )
-            number.clear()  # a tracer must not outlive its trace
+        def inner(marker: Any, args: tuple, kwargs: dict) -> Any:
+            inside.append(marker)
+            try:
+                out, written = run_pure(lambda: self._fun(*args, **kwargs), view=lane)
+            finally:
+                inside.clear()  # a tracer must not outlive its trace
             written, advanced = lanes.take_out(written.without(written.created))
-            axes = [axis_for(cell) for cell in written.values]
+            axes = [check(cell, access.current(cell)) for cell in written.values]
             _check_shared(written.values, axes, outside)
             seen["advanced"] = advanced
             slots = [len(s.slots) for _, s in written.values.values()]
@@ -104,7 +92,7 @@ class _Vmap(Wrapper):
 
         vmapped = eqx.filter_vmap(
             inner,
-            in_axes=(None if size is None else 0, *axes_in),
+            in_axes=(marker_axis, *axes),
             # Which States are written is known when `inner` has run, and this is asked
             # after that, for one array after the other.
             out_axes=(self._out_axes, lambda _: turns.pop(0)),
@@ -112,12 +100,24 @@ class _Vmap(Wrapper):
             axis_size=self._axis_size,
             **self._vmapkwargs,
         )
-        # NumPy: it costs nothing where it isn't used.
-        numbers = 0 if size is None else np.arange(size, dtype=np.int32)
-        out, written = vmapped(numbers, pieces, args, kwargs)
+        out, written = vmapped(marker, args, kwargs)
         written.write()
         lanes.advance(seen["advanced"])
         return unpack(out)
+
+    def _lanes(
+        self, rule: Rule, axes: Any, args: tuple, kwargs: dict
+    ) -> tuple[int | None, Any, int | None]:
+        """How many lanes there are, and an array that is mapped, with its axis."""
+        first = _first_mapped((args, kwargs), axes)
+        if first is not None:
+            x, axis = first
+            return self._axis_size or x.shape[axis], x, axis
+        size = self._axis_size
+        if size is None:
+            size = size_along(rule, self._fun, args, kwargs, self._state_axes)
+        # NumPy: it costs nothing where it isn't used.
+        return (None, None, None) if size is None else (size, np.arange(size), 0)
 
 
 def _axes(fun: Callable, in_axes: Any, args: tuple, kwargs: dict) -> tuple[Any, Any]:
@@ -137,33 +137,56 @@ def _axes(fun: Callable, in_axes: Any, args: tuple, kwargs: dict) -> tuple[Any, 
 
 
 def _past_states(axes: Any) -> Any:
-    """An integer is the axis of the arrays; States have theirs from `state_axes`."""
+    """The axes of the arrays: States are no business of `jax.vmap`."""
 
     def past(axis: Any) -> Any:
-        if not isinstance(axis, int):
-            return axis
-        return lambda leaf: None if is_state(leaf) else axis
+        def of(leaf: Any) -> Any:
+            if is_state(leaf):
+                return None
+            return axis(leaf) if callable(axis) else axis
+
+        return of
 
     return jtu.tree_map(past, axes)
 
 
-def _size(args: Any, axes: Any) -> int | None:
-    """The size of the mapped axis; None if nothing is mapped."""
+def _first_mapped(args: Any, axes: Any) -> tuple[Any, int] | None:
+    """The first array that is mapped, and its axis."""
 
-    def resolve(axis: Any, sub: Any) -> list:
-        leaves = jtu.tree_leaves(sub)
-        axes = [axis(x) if callable(axis) else axis for x in leaves]
-        return [
-            x.shape[a]
-            for x, a in zip(leaves, axes, strict=True)
-            if a is not None and eqx.is_array(x) and -x.ndim <= a < x.ndim
-        ]
-
-    sizes = jtu.tree_map(resolve, axes, args, is_leaf=lambda x: x is None)
-    return next(iter(jtu.tree_leaves(sizes)), None)
+    for axis, x in zip(spread_prefix(axes, args), jtu.tree_leaves(args), strict=True):
+        mine = axis(x) if callable(axis) else axis
+        if mine is not None and eqx.is_array(x) and -x.ndim <= mine < x.ndim:
+            return x, mine
+    return None
 
 
-def _check_shared(written: Values, axes: list[int | None], outside: Any) -> None:
+def _check_sharding(
+    cell: Cell, avals: Sequence[Any], axis: int, marker: Any, marker_axis: Any
+) -> None:
+    """Refuses a State that is not split over the mesh like what else is mapped."""
+    wanted = _mesh_axis(marker, marker_axis)
+    for aval in avals:
+        if _mesh_axis(aval, axis) != wanted:
+            raise StateValueError(
+                message(
+                    f"`filter_vmap` maps {cell.describe()} along axis {axis}, which is "
+                    f"sharded by {_mesh_axis(aval, axis)}, beside arguments whose mapped "
+                    f"axis is sharded by {wanted}.",
+                    "the axes of the mesh are explicit, and then JAX wants all that is "
+                    "mapped to be sharded the same.",
+                    "place the State's value like the arguments: `jax.device_put`.",
+                )
+            )
+
+
+def _mesh_axis(aval: Any, axis: int) -> Any:
+    """The explicit axis of the mesh along which an axis of an array is sharded."""
+    spec = aval.sharding.spec
+    axis %= aval.ndim
+    return spec[axis] if axis < len(spec) else None
+
+
+def _check_shared(written: Values, axes: Sequence[int | None], outside: Any) -> None:
     """Refuses a value that differs along the axis, for a State that is shared."""
     rows = zip(written.items(), axes, strict=True)
     arrays = [(c, x) for (c, v), axis in rows if axis is None for x in leaves_of(*v)]

@@ -264,20 +264,112 @@ def test_an_integer_maps_all_states(batch):
     assert np.array_equal(other.value, [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]])
 
 
-@pytest.mark.parametrize("state_axes", [None, 0])
-def test_an_integer_in_in_axes_is_the_axis_of_the_arrays_beside_the_states(state_axes):
-    class Scaled(eqx.Module):
-        weight: jax.Array
-        scale: sf.State
+class Scaled(eqx.Module):
+    weight: jax.Array
+    scale: sf.State
 
-    scale = jnp.array(2.0) if state_axes is None else jnp.array([2.0, 3.0, 4.0])
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("axes", ["default", (0, None), None])
+def test_a_state_in_a_mapped_argument_goes_with_its_arrays(axes, jitted):
+    scale = jnp.array(2.0) if axes is None else jnp.array([2.0, 3.0, 4.0])
     module = Scaled(X, sf.State(scale, name="scale"))
-    scaled = sf.filter_vmap(
-        lambda m, y: m.weight * m.scale.value + y,
-        in_axes=(0, None),
-        state_axes=state_axes,
+
+    def f(m, y):
+        assert m.scale.value.shape == ()
+        m.scale.value = m.scale.value + 1
+        return m.weight * m.scale.value + y
+
+    in_axes = {"default": {}, None: {"in_axes": (None, 0)}}.get(axes, {"in_axes": axes})
+    run = sf.filter_vmap(f, **in_axes)
+    run = sf.filter_jit(run) if jitted else run
+    out = run(module, jnp.array(1.0) if axes == (0, None) else jnp.ones(3))
+    want = X * (scale + 1) + 1 if axes is not None else X[None] * (scale + 1) + 1
+    assert jnp.array_equal(out, jnp.broadcast_to(want, out.shape))
+    assert jnp.array_equal(module.scale.value, scale + 1)
+
+
+def test_state_axes_overrides_the_axis_of_the_argument():
+    module = Scaled(X, sf.State(jnp.array(2.0), name="scale"))
+    run = sf.filter_vmap(
+        lambda m: m.weight * m.scale.value, state_axes=[(module.scale, None)]
     )
-    assert jnp.array_equal(scaled(module, jnp.array(1.0)), X * scale + 1)
+    assert jnp.array_equal(run(module), 2 * X)
+
+
+def test_a_state_in_the_value_of_one_in_a_mapped_argument_goes_with_it():
+    inner = sf.State(jnp.zeros(3), name="inner")
+    module = Scaled(X, sf.State({"inner": inner, "by": X}, name="outer"))
+
+    def f(m):
+        held = m.scale.value
+        held["inner"].value = held["inner"].value + held["by"]
+
+    sf.filter_vmap(f)(module)
+    assert jnp.array_equal(inner.value, X)
+
+
+@pytest.mark.parametrize("value", [jnp.array(2.0), jnp.zeros(4)], ids=["scalar", "4"])
+def test_a_state_in_a_mapped_argument_that_does_not_fit_is_named(value):
+    module = Scaled(X, sf.State(value, name="scale"))
+    with pytest.raises(ValueError, match=r"State 'scale' .* axis 0, with 3 entries"):
+        sf.filter_vmap(lambda m: m.weight)(module)
+
+
+def test_a_state_that_comes_in_along_two_axes_is_refused():
+    module = Scaled(X, sf.State(X, name="scale"))
+    with pytest.raises(ValueError, match=r"State 'scale' .* along 0 and along None"):
+        sf.filter_vmap(lambda a, b: a.weight, in_axes=(0, None))(module, module)
+
+
+# -- the view of a lane -------------------------------------------------------------
+
+WITHIN = {
+    "scan": lambda f: sf.scan(lambda c, _: (f(), None), 0.0, None, length=1)[0],
+    "fori_loop": lambda f: sf.fori_loop(0, 1, lambda i, c: f(), 0.0),
+    "while_loop": lambda f: sf.while_loop(lambda c: c < 0, lambda c: f(), -1.0),
+    "cond": lambda f: sf.cond(True, f, lambda: 0.0),
+    "checkpoint": lambda f: sf.filter_checkpoint(f)(),
+    "jit": lambda f: sf.filter_jit(f)(),
+    "closure_convert": lambda f: sf.filter_closure_convert(f)(),
+    "custom_jvp": lambda f: _custom(f)(jnp.array(1.0)),
+}
+
+
+def _custom(f):
+    run = sf.filter_custom_jvp(lambda x: x * f())
+    run.def_jvp(lambda primals, tangents: (run(*primals), tangents[0]))
+    return run
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("twin", WITHIN)
+def test_a_twin_inside_sees_the_value_of_the_lane(twin, jitted):
+    elsewhere.value = M  # reached by no closure: it is met inside first
+
+    def read():
+        return elsewhere.value.sum() + 100.0 * elsewhere.value.size
+
+    for axes in (0, [(sf.State, 0)], [(lambda s: True, 0)], [(elsewhere, 0)]):
+        run = sf.filter_vmap(lambda x: WITHIN[twin](read), state_axes=axes)
+        run = sf.filter_jit(run) if jitted else run
+        out = run(jnp.zeros(M.shape[0]))
+        assert jnp.array_equal(out, M.sum(1) + 100.0 * M.shape[1])
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("lanes", [3, 5])
+def test_a_state_met_late_has_to_have_an_entry_for_each_lane(lanes, jitted):
+    elsewhere.value = jnp.arange(4.0)
+
+    def f(x):
+        elsewhere.value = elsewhere.value + x
+
+    run = sf.filter_vmap(f, state_axes=0)
+    run = sf.filter_jit(run) if jitted else run
+    with pytest.raises(ValueError, match=rf"axis 0, with {lanes} entries.*has 4 there"):
+        run(jnp.ones(lanes))
+    assert jnp.array_equal(elsewhere.value, jnp.arange(4.0))
 
 
 @pytest.mark.parametrize("axis", [1, -1])
@@ -621,3 +713,5 @@ def test_a_wrong_state_axes_says_what_it_may_be():
         sf.filter_vmap(lambda x: s.value * x, state_axes="s")(X)
     with pytest.raises((TypeError, ValueError)):
         sf.filter_vmap(lambda x: s.value * x, state_axes=[s])(X)
+    with pytest.raises(TypeError, match="`state_axes` can't be understood.*State 's'"):
+        sf.filter_vmap(lambda x: s.value * x, state_axes=[(s, "0")])(X)
