@@ -12,8 +12,11 @@ import jax.tree_util as jtu
 from jax import lax
 
 from .._compat import Tracer
-from .._errors import StateTraceError, message
+from .._errors import StateTraceError, StateTypeError, message
+from .._state import access
 from .._state.cell import Cell
+from .._state.state import State
+from .._trace.result import pack, unpack
 from ._carry import Carry, Loop, as_arrays, element
 from ._eager import answering_for, compiled_when_eager
 from ._progress import with_progress
@@ -103,8 +106,26 @@ def scan(
         ```
     """
     options = (("_split_transpose", True),) if _split_transpose else ()
+    refuse_states("scan", "xs", xs)
     _check_lengths(xs, length)
     return _scan(f, as_arrays(init), xs, length, reverse, unroll, options, progress)
+
+
+def refuse_states(name: str, role: str, tree: Any) -> None:
+    """Refuses States among what a loop slices: they would be shared by all steps."""
+    for path, leaf in jtu.tree_leaves_with_path(tree):
+        if isinstance(leaf, State):
+            raise StateTypeError(
+                message(
+                    f"{leaf._cell.describe()} is among the `{role}` of `{name}`, at "
+                    f"`{role}{jtu.keystr(path)}`.",
+                    "the arrays beside it are sliced along their leading axis, and the "
+                    "State would be left whole and shared by all steps.",
+                    "reach a State that all steps share by the closure of the body; for "
+                    "one that holds a value for each step, pass `sf.freeze(module)` and "
+                    "return the new values.",
+                )
+            )
 
 
 def _check_lengths(xs: Any, length: int | None) -> None:
@@ -154,6 +175,7 @@ def map(
         sf.map(f, jnp.arange(4.0))
         ```
     """
+    refuse_states("map", "xs", xs)
     return _map(f, xs, batch_size, progress)
 
 
@@ -174,20 +196,24 @@ def _map(
     def reshape(x: Any, into: tuple[int, ...]) -> Any:
         return x.reshape(*into, *x.shape[1:])
 
+    frame = access.local.frame
+    assert frame is not None, "a twin runs in a transaction"
+    before = set(frame.created)
+
+    def opened(out: Any) -> tuple[list[Any], Any]:
+        """The arrays of a result, with those of the States that were made for it."""
+        return split_arrays(pack(out, set(frame.created) - before))
+
     outs = []
     if batches:
         stacked = build([reshape(x[:whole], (batches, batch_size)) for x in arrays])
         out = scan(lambda _, x: ((), many(x)), (), stacked, progress=progress)[1]
-        out_arrays, build_out = split_arrays(out)
-        outs.append(build_out([x.reshape(whole, *x.shape[2:]) for x in out_arrays]))
+        out_arrays, build_out = opened(out)
+        outs.append(([x.reshape(whole, *x.shape[2:]) for x in out_arrays], build_out))
     if rest or not batches:
-        outs.append(many(build([x[whole:] for x in arrays])))
-    if len(outs) == 1:
-        return outs[0]
-    (first, build_out), (second, _) = [split_arrays(out) for out in outs]
-    return build_out(
-        [jnp.concatenate(pair) for pair in zip(first, second, strict=True)]
-    )
+        outs.append(opened(many(build([x[whole:] for x in arrays]))))
+    parts = zip(*(out_arrays for out_arrays, _ in outs), strict=True)
+    return unpack(outs[0][1]([jnp.concatenate(part) for part in parts]))
 
 
 @compiled_when_eager
@@ -373,6 +399,7 @@ def associative_scan(
         sf.associative_scan(lambda a, b: a * decay.value + b, jnp.arange(4.0))
         ```
     """
+    refuse_states("associative_scan", "elems", elems)
     arrays, build = split_arrays(elems)
 
     def combine(a: list, b: list) -> list:

@@ -154,7 +154,7 @@ def _first_mapped(args: Any, axes: Any) -> tuple[Any, int] | None:
     """The first array that is mapped, and its axis."""
 
     for axis, x in zip(spread_prefix(axes, args), jtu.tree_leaves(args), strict=True):
-        mine = axis(x) if callable(axis) else axis
+        mine: Any = axis(x) if callable(axis) else axis
         if mine is not None and eqx.is_array(x) and -x.ndim <= mine < x.ndim:
             return x, mine
     return None

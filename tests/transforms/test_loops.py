@@ -750,3 +750,42 @@ def test_a_progress_bar_needs_bounds_that_are_known_when_tracing():
         sf.filter_jit(
             lambda n: sf.fori_loop(0, n, lambda i, x: x + i, 0, progress=True)
         )(jnp.array(3))
+
+
+class Counted(eqx.Module):
+    weight: jax.Array
+    count: sf.State
+
+
+SLICING = {
+    "scan": lambda m: sf.scan(lambda c, x: (c, x.weight), 0, m),
+    "map": lambda m: sf.map(lambda x: x.weight, m),
+    "map, batch_size": lambda m: sf.map(lambda x: x.weight, m, batch_size=2),
+    "associative_scan": lambda m: sf.associative_scan(lambda a, b: a, m),
+}
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("loop", SLICING)
+def test_a_state_among_what_is_sliced_is_refused_and_named(loop, jitted):
+    layers = Counted(jnp.ones(3), sf.State(jnp.zeros(3), name="count"))
+    run = sf.filter_jit(SLICING[loop]) if jitted else SLICING[loop]
+    with pytest.raises(TypeError, match=r"State 'count' .* is among the `.*\.count`"):
+        run(layers)
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 7])
+def test_a_state_made_in_a_batch_of_map_comes_out_like_the_results(batch_size, jitted):
+    xs = jnp.arange(5.0)
+
+    def run(xs):
+        kept = Counted(xs[0], sf.State({"in": sf.State(xs[0])}))  # made outside
+        make = lambda x: (Counted(x, sf.State({"in": sf.State(3 * x)})), kept)  # noqa: E731
+        made, same = sf.map(make, xs, batch_size=batch_size)
+        assert same.count is kept.count
+        return made
+
+    made = (sf.filter_jit(run) if jitted else run)(xs)
+    assert jnp.array_equal(made.weight, xs)
+    assert jnp.array_equal(made.count.value["in"].value, 3 * xs)
