@@ -38,7 +38,7 @@ from .._errors import (
     mutated,
 )
 from .._state.access import StandIns, current, local, read_inside_raw_transform
-from .._state.cell import UNSET, Cell, Value, commit, committed, shared
+from .._state.cell import UNSET, Cell, Value, commit, committed
 from .._state.structure import Structure, flat_of, leaves_of
 from .stale import forget_inner_traces, state_probe_p, trace_context
 

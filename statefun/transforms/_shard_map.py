@@ -223,10 +223,10 @@ def shard_map(
     - `f`: the function of the pieces; may be left out, to use the rest as a decorator.
     - `out_specs`, `in_specs`, `mesh`, `axis_names`, `check_vma`: as in `jax.shard_map`.
         Arguments and results may hold leaves that are no arrays.
-    - `state_specs`: which States are held in pieces, and how. None: no State is; all
-        devices hold the same value. A `PartitionSpec`: all States are. A list of pairs of
-        a State, a kind of State or a predicate, and a spec: the first that matches
-        decides.
+    - `state_specs`: which States are held in pieces, and how. None: those in arguments
+        are, by the spec of the argument; all devices hold the same value of the others.
+        A `PartitionSpec`: all States are. A list of pairs of a State, a kind of State or
+        a predicate, and a spec: the first that matches decides.
 
     **Returns:** the mapped function.
 

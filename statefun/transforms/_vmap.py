@@ -226,15 +226,17 @@ def filter_vmap(
     - `in_axes`, `out_axes`, `axis_name`, `axis_size`: as in Equinox. Keyword arguments
         may be passed, too; their arrays are mapped along axis 0, or as `in_axes`, a dict
         of names, says.
-    - `state_axes`: which States hold a batch, and along which axis. None: no State does;
-        all lanes share them. An integer: all do. A list of pairs of a State, a kind of
+    - `state_axes`: which States hold a batch, and along which axis. None: those in
+        arguments that are mapped do, along the axis of the argument; all lanes share the
+        others. An integer: all do. A list of pairs of a State, a kind of
         State or a predicate, and an axis: the first that matches decides.
     - `vmapkwargs`: passed on to `jax.vmap`.
 
     **Returns:** the vectorised function.
 
     **Raises:** `statefun.StateTraceError` if a value that differs along the axis is
-    written to a State that is shared.
+    written to a State that is shared; `statefun.StateValueError` if a State that is
+    mapped has not one entry for each lane.
 
     !!! example
 
