@@ -99,14 +99,20 @@ class Elsewhere:
 
     def _work(self):
         while True:
-            self._answers.put(self._asked.get()())
+            try:
+                self._answers.put((self._asked.get()(), None))
+            except Exception as error:
+                self._answers.put((None, error))
 
     def __call__(self, function):
         self._asked.put(function)
         try:
-            return self._answers.get(timeout=LIMIT)
+            answer, error = self._answers.get(timeout=LIMIT)
         except queue.Empty:
             raise AssertionError("another thread waits for ever") from None
+        if error is not None:
+            raise error
+        return answer
 
 
 def number(state):

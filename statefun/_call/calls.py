@@ -21,7 +21,6 @@ catches it.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -89,7 +88,6 @@ class Calls:
         # Of traces that went with a State of theirs: what that State was, by key.
         self.lost: dict[CacheKey, str] = {}
         self._traces: dict[Trace, None] = {}
-        self._lock = threading.RLock()  # for `_traces`
         self._static = _args.StaticArguments(
             fun, options.static_argnums, options.static_argnames
         )
@@ -180,6 +178,18 @@ class Calls:
     def _looked_up(self, act: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """Looks a call up and does something with it, again where that says so."""
         self.lookups += 1
+        states, frame_around = present.states, local.frame
+        try:
+            try:
+                return self._look_up(act, args, kwargs)
+            finally:
+                present.states, local.frame = states, frame_around
+        finally:
+            # Again, whatever the call has left there: an interrupt may arrive where a
+            # `with` or a `finally` is about to end, and then does not end it.
+            present.states, local.frame = states, frame_around
+
+    def _look_up(self, act: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         while True:
             site, dynamic, states = self.site(args, kwargs)
             try:
@@ -216,19 +226,39 @@ class Calls:
                 refuse_other_structures(compiled, structures, cells)
             flats = [flat for flat, _ in values]
             del values  # a reference would keep what is donated from being reused
-            out = compiled.call(dynamic, flats)
-            trace, leaves, written = compiled.take_apart(out)
-            targets = site.cells_of(compiled.written_cells(trace), states)
-            writes = dict(zip(targets, written, strict=True))
-            # A program with effects must not run twice: for it, the last writer wins.
-            compare = not (trace.effects or donated)
-            seen = dict(zip(cells, flats, strict=True)) if compare else {}
-            if writes and not commit(writes, seen):
-                raise Restart
+            results: list[Any] = []
+            try:
+                compiled.call(dynamic, flats, results)
+                self._commit(site, compiled, states, cells, flats, results)
+            except BaseException:
+                # What was donated is gone: an interrupt that comes after that must not
+                # keep the new values from taking its place.
+                if donated and results:
+                    self._commit(site, compiled, states, cells, flats, results)
+                raise
+            trace, leaves, _ = compiled.take_apart(results[0])
         self._used(site, trace)
         if fixed is None:
             self._plan(site, compiled, len(dynamic))
         return trace, leaves, states
+
+    def _commit(
+        self,
+        site: Site,
+        compiled: Compiled,
+        states: Sequence[State],
+        cells: Sequence[Cell],
+        flats: Sequence[Any],
+        results: Sequence[Any],
+    ) -> None:
+        trace, _, written = compiled.take_apart(results[0])
+        targets = site.cells_of(compiled.written_cells(trace), states)
+        writes = dict(zip(targets, written, strict=True))
+        # A program with effects must not run twice: for it, the last writer wins.
+        compare = not (trace.effects or compiled.donated)
+        seen = dict(zip(cells, flats, strict=True)) if compare else {}
+        if writes and not commit(writes, seen):
+            raise Restart
 
     def _plan(self, site: Site, compiled: Compiled, n: int) -> None:
         """Makes the next call like this one a hot one, if it can be."""
@@ -282,17 +312,16 @@ class Calls:
     def file(self, site: Site, trace: Trace) -> None:
         """Keeps a trace: a new one, or one that was evicted but is still compiled."""
         evicted = []
-        with self._lock:
-            if trace not in site.traces:
-                site.traces.append(trace)
-            trace.tick = self.lookups
-            trace.filed = True
-            while len(self._traces) >= self.maxsize:
-                oldest = min(self._traces, key=lambda t: t.tick)
-                self._unfile([oldest])
-                evicted.append(oldest)
-            self._traces[trace] = None
-            self.lost.pop(trace.key, None)
+        if trace not in site.traces:
+            site.traces.append(trace)
+        trace.tick = self.lookups
+        trace.filed = True
+        while len(self._traces) >= self.maxsize:
+            oldest = min(list(self._traces), key=lambda t: t.tick)
+            self._unfile([oldest])
+            evicted.append(oldest)
+        self._traces[trace] = None
+        self.lost.pop(trace.key, None)
         if evicted:
             self.observer.forgetting(self, evicted, "full")
             for other in list(self.sites.values()):
@@ -320,8 +349,7 @@ class Calls:
                 self.lost.update((t.key, cell.describe()) for t in site.traces)
             while len(self.lost) > self.maxsize:
                 self.lost.pop(next(iter(self.lost)), None)
-            with self._lock:
-                self._unfile(site.traces)
+            self._unfile(site.traces)
             self._remove(site)
 
     def _remove(self, site: Site) -> None:
@@ -336,17 +364,15 @@ class Calls:
 
     def clear(self) -> None:
         """Forgets everything that was traced and compiled."""
-        with self._lock:
-            self.observer.forgetting(self, list(self._traces), "cleared")
-            self._unfile(list(self._traces))
+        self.observer.forgetting(self, list(self._traces), "cleared")
+        self._unfile(list(self._traces))
         self.sites.clear()
         self.plans.clear()
         self.lost.clear()
         self.lookups = self.misses = 0
 
     def all_traces(self) -> list[Trace]:
-        with self._lock:
-            return list(self._traces)
+        return list(self._traces)
 
     def with_key(self, key: CacheKey) -> list[Trace]:
         """Newest first."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import sys
 import threading
 import warnings
@@ -167,20 +169,23 @@ class Compiled:
         kept_flats, given_flats = _split(flats, self.donated)
         return kept, kept_flats, self.consts, given, given_flats
 
-    def call(self, dynamic: Sequence[Any], flats: list[Any]) -> Any:
+    def call(
+        self, dynamic: Sequence[Any], flats: list[Any], results: list[Any]
+    ) -> None:
+        """Runs it, and puts what it gives back in `results`: in one step with the run, so
+        that it is there whenever an exception from outside arrives."""
         for i in self.donated:
             flats[i] = _copy_if_held(flats, i)
         if self.may_fail:
             dynamic = self._placed(dynamic)
         arguments = self.arguments(dynamic, flats)
         donates = self.donated or self._donated_leaves
-        if not donates or self._options.donate.startswith("warn"):
-            return self._run(*arguments)
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="Some donated buffers were not usable"
-            )
-            return self._run(*arguments)
+        with warnings.catch_warnings() if donates else contextlib.nullcontext():
+            if donates and not self._options.donate.startswith("warn"):
+                warnings.filterwarnings(
+                    "ignore", message="Some donated buffers were not usable"
+                )
+            results.extend(itertools.starmap(self._run, (arguments,)))
 
     def _placed(self, dynamic: Sequence[Any]) -> Sequence[Any]:
         if self._shardings is None:

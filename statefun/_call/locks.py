@@ -8,49 +8,69 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 
+class _Claim:
+    """Of the thread that traces; kept in the one place of a `TracingLock`."""
+
+    __slots__ = ("over", "thread")
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.over = threading.Event()
+
+
 class TracingLock:
     """Held while a function is traced, so that two threads don't trace the same thing.
 
     Re-entrant. The user's code runs meanwhile and may have other functions traced: two
     threads that each hold the lock that the other one wants would wait forever. One of
     them goes ahead without it then, and at worst a function is traced twice.
+
+    Whether this thread has the lock can be told at any moment from the claim in it: so an
+    exception that arrives while it is taken or given back does not leave it locked.
     """
 
-    _guard = threading.Lock()
     _waiting: ClassVar[dict[int, TracingLock]] = {}
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._owner: int | None = None
-        self._depth = 0
+        self._claims: dict[int, _Claim] = {}  # at most one, at 0
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        me = threading.get_ident()
-        with self._guard:
-            wait = not self._closes_a_circle(me)
-            if wait:
-                self._waiting[me] = self
-        if not wait:
-            yield
-            return
-        with self._lock:
-            with self._guard:
-                self._waiting.pop(me, None)
-                self._owner = me
-                self._depth += 1
+        mine = _Claim()
+        try:
             try:
+                self._take(mine)
                 yield
             finally:
-                with self._guard:
-                    self._depth -= 1
-                    if self._depth == 0:
-                        self._owner = None
+                self._give_back(mine)
+        finally:  # again: an interrupt may have come right before
+            self._give_back(mine)
+
+    def _take(self, mine: _Claim) -> None:
+        while True:
+            claim = self._claims.setdefault(0, mine)  # atomic
+            if claim.thread == mine.thread:
+                return
+            self._waiting[mine.thread] = self
+            if self._closes_a_circle(mine.thread):
+                return
+            # Not for ever: a circle may close later, and an interrupt may have kept the
+            # other thread from saying that it is over.
+            claim.over.wait(0.02)
+
+    def _give_back(self, mine: _Claim) -> None:
+        self._waiting.pop(mine.thread, None)
+        if self._claims.get(0) is mine:
+            self._claims.pop(0, None)
+        mine.over.set()
 
     def _closes_a_circle(self, me: int) -> bool:
         lock: TracingLock | None = self
-        while lock is not None and lock._owner is not None:
-            if lock._owner == me:
-                return lock is not self  # its own lock it may enter again
-            lock = self._waiting.get(lock._owner)
+        for _ in range(len(self._waiting) + 1):
+            claim = None if lock is None else lock._claims.get(0)
+            if claim is None:
+                return False
+            if claim.thread == me:
+                return True
+            lock = self._waiting.get(claim.thread)
         return False

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .. import _compat
 from .._compat import Tracer
 from .._errors import foreign_creation, foreign_read, foreign_write
-from .cell import UNSET, Cell, Value, commit, committed, lock, shared
+from .cell import UNSET, Cell, Value, commit, committed, exclusive, shared
 from .structure import Structure, leaves_of
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ def current(cell: Cell, frame: Frame | None = _INNERMOST) -> Value:
     version, flat, structure = shared.version, cell.flat, cell.structure
     if version == shared.version and not version & 1:
         return flat, structure
-    with lock:  # the two are of one commit
-        return cell.flat, cell.structure
+    return exclusive(lambda: (cell.flat, cell.structure))  # of one commit
 
 
 def has_value(cell: Cell) -> bool:

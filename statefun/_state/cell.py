@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax.tree_util as jtu
 
@@ -105,9 +105,12 @@ def snapshot(cells: Sequence[Cell]) -> tuple[int, list[Value]]:
     values = [(cell.flat, cell.structure) for cell in cells]
     if version == shared.version and not (version & 1 or shared.taken):
         return version, values
-    with lock:
+
+    def read() -> tuple[int, list[Value]]:
         wait_for(cells)
         return shared.version, [(cell.flat, cell.structure) for cell in cells]
+
+    return exclusive(read)
 
 
 def committed(cell: Cell) -> Value:
@@ -177,12 +180,30 @@ def recover(writes: Mapping[Cell, Value], before: int | None) -> None:
         lock.release()
 
 
+T = TypeVar("T")
+
+
+def exclusive(act: Callable[[], T]) -> T:
+    """Runs `act` with the lock held, and gives it back whatever happens.
+
+    A `with` does that for exceptions of its body. One that arrives from outside (a
+    `KeyboardInterrupt`) may come between the body and the release.
+    """
+    try:
+        lock.acquire()
+        result = act()
+        lock.release()
+    except BaseException:
+        recover({}, None)
+        raise
+    return result
+
+
 def wait_for(cells: Iterable[Cell]) -> None:
-    """Waits until no other thread has the States."""
+    """Waits until no other thread has the States; to be called with the lock held."""
     cells, me = list(cells), threading.get_ident()
-    with lock:
-        while any(shared.taken.get(cell, me) != me for cell in cells):
-            _returned.wait()
+    while any(shared.taken.get(cell, me) != me for cell in cells):
+        _returned.wait()
 
 
 @contextlib.contextmanager
@@ -192,15 +213,23 @@ def turn(cells: Sequence[Cell]) -> Iterator[None]:
         yield
         return
     mine: list[Cell] = []
+
+    def take() -> None:
+        wait_for(cells)
+        mine.extend(cell for cell in cells if cell not in shared.taken)
+        shared.taken.update(dict.fromkeys(mine, threading.get_ident()))
+        shared.version += 2  # a call that has read their values must look again
+
+    def give_back() -> None:
+        for cell in mine:
+            shared.taken.pop(cell, None)
+        _returned.notify_all()
+
     try:
-        with lock:
-            wait_for(cells)
-            mine = [cell for cell in cells if cell not in shared.taken]
-            shared.taken.update(dict.fromkeys(mine, threading.get_ident()))
-            shared.version += 2  # a call that has read their values must look again
-        yield
-    finally:
-        with lock:
-            for cell in mine:
-                shared.taken.pop(cell, None)
-            _returned.notify_all()
+        try:
+            exclusive(take)
+            yield
+        finally:
+            exclusive(give_back)
+    finally:  # again: an interrupt may have come right before
+        exclusive(give_back)

@@ -12,7 +12,6 @@ so the hot path compares with `is`.
 from __future__ import annotations
 
 import collections
-import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -81,18 +80,30 @@ def _has_mutable_node(treedef: TreeDef) -> bool:
     return any(map(_has_mutable_node, treedef.children()))
 
 
-# Re-entrant: a finalizer that touches a State may run anywhere in here.
-_lock = threading.RLock()
-_interned: weakref.WeakValueDictionary[Any, Structure] = weakref.WeakValueDictionary()
+# Without a lock, which an interrupt might leave locked and a finalizer might wait for:
+# the one step that matters, `setdefault`, is atomic.
+_interned: dict[Any, weakref.ref[Structure]] = {}
 
 
 def _intern(treedef: TreeDef, statics: tuple) -> Structure:
     key = treedef_key(treedef), tuple(map(static_key, statics))
-    with _lock:
-        structure = _interned.get(key)
-        if structure is None:
-            structure = _interned[key] = Structure(treedef, statics, key)
-        return structure
+    known = _interned.get(key)
+    structure = None if known is None else known()
+    while structure is None:
+        if known is not None and _interned.get(key) is known:
+            _interned.pop(key, None)
+        new = Structure(treedef, statics, key)
+        known = _interned.setdefault(key, weakref.ref(new, _forget(key)))
+        structure = known()
+    return structure
+
+
+def _forget(key: Any) -> Callable[[Any], None]:
+    def gone(ref: Any, interned: Any = _interned) -> None:
+        if interned.get(key) is ref:
+            interned.pop(key, None)
+
+    return gone
 
 
 LEAF = _intern(jtu.tree_structure(0), (ARRAY,))

@@ -322,6 +322,19 @@ def transaction(run: Callable[[], R]) -> R:
     outer = local.frame
     if outer is not None:
         return run() if outer.is_current() else _inside_a_raw_transform(outer, run)
+    try:
+        try:
+            return _at_top(run)
+        finally:
+            local.frame = None
+    finally:
+        # Again: an interrupt may arrive where a `with` or a `finally` is about to end,
+        # and whatever is left on the stack would make later calls believe that they are
+        # inside of a transform.
+        local.frame = None
+
+
+def _at_top(run: Callable[[], R]) -> R:
     while True:
         with Overlay(keeps=True) as frame:
             frame._contexts.enter_context(trace_context())

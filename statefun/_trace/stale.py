@@ -16,6 +16,7 @@ State held is part of that jaxpr. A user context is therefore set to a number, t
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -23,7 +24,9 @@ import numpy as np
 
 from .. import _compat
 from .._state.access import local
-from .._state.cell import lock, shared
+from .._state.cell import shared
+
+_generations = itertools.count(2)  # atomic, unlike `+= 1`
 
 _PROBE_AVAL = jax.typeof(np.zeros((), np.bool_))
 state_probe_p = _compat.define_primitive(
@@ -43,8 +46,7 @@ def forget_inner_traces() -> None:
     traced in this thread is traced under a new value of a user context, which is part of
     the keys of JAX's caches.
     """
-    with lock:
-        shared.generation += 1
+    shared.generation = next(_generations)
     frame = local.frame
     keeper = None if frame is None else frame._keeper()
     if keeper is not None:
@@ -56,8 +58,7 @@ def trace_context() -> Any:
     frame = local.frame
     while frame is not None:
         if frame.kept:
-            with lock:
-                shared.generation += 1
+            shared.generation = next(_generations)
             break
         frame = frame.parent
     return _compat.trace_generation(shared.generation)

@@ -28,8 +28,6 @@ _WHY: dict[str, Kind] = {"full": "cache full", "cleared": "cleared"}
 class _Observer(Observer):
     """Keeps a history for each function that is traced."""
 
-    _lock = threading.Lock()
-
     def tracing(
         self, site: Site, dynamic: Sequence[Any], values: Mapping[Cell, Value]
     ) -> None:
@@ -41,25 +39,23 @@ class _Observer(Observer):
         name = site.calls.options.name
         retrace = Retrace(name, history.begun + 1, causes)
         check_limits(site.calls, history, retrace)
-        with self._lock:
-            history.begun += 1
-            history.retraces.append(retrace)
-            history.last = "failed"  # until it has come to its end
-            under_way = threading.get_ident(), hash(present.key)
-            history.pending[under_way] = present.configuration
-            if len(history.pending) > KEPT:  # those that raised
-                history.pending.popitem(last=False)
+        history.begun += 1
+        history.retraces.append(retrace)
+        history.last = "failed"  # until it has come to its end
+        under_way = threading.get_ident(), hash(present.key)
+        history.pending[under_way] = present.configuration
+        if len(history.pending) > KEPT:  # those that raised
+            history.pending.popitem(last=False)
         if _logs():
             logger.warning("%s", retrace)
 
     def traced(self, site: Site, trace: Trace) -> None:
         history = history_of(site.calls)
-        with self._lock:
-            history.last = "tracer" if trace.program.closed_over_tracers else "kept"
-            under_way = threading.get_ident(), hash(trace.key)
-            configuration = history.pending.pop(under_way, None)
-            if configuration is not None:
-                history.configurations[trace] = configuration
+        history.last = "tracer" if trace.program.closed_over_tracers else "kept"
+        under_way = threading.get_ident(), hash(trace.key)
+        configuration = history.pending.pop(under_way, None)
+        if configuration is not None:
+            history.configurations[trace] = configuration
 
     def forgetting(self, calls: Calls, traces: Sequence[Trace], why: str) -> None:
         self._bury(calls, traces, Cause(_WHY[why]))
@@ -81,8 +77,7 @@ class _Observer(Observer):
             history.ghosts.append(Ghost(cause, hash(trace.key), reads))
 
     def history(self, calls: Calls) -> list[Any]:
-        with self._lock:
-            return list(history_of(calls).retraces)
+        return list(history_of(calls).retraces.copy())
 
 
 def _gone_leaf(site: Site) -> Cause:
