@@ -387,7 +387,7 @@ def difference(seed):
         results = [out, *(s.value for s in ours["ALL"])]
         wanted = [expected, *(b.value for b in theirs["ALL"])]
         for what, a, b in zip(
-            ["result", *"g h inner M.a M.p".split()], results, wanted
+            ["result", *"g h inner M.a M.p".split()], results, wanted, strict=True
         ):
             if not isinstance(a, jax.Array) or isinstance(a, jax.core.Tracer):
                 return f"{done}: {what} is a {type(a)}"
