@@ -12,6 +12,7 @@ so the hot path compares with `is`.
 from __future__ import annotations
 
 import collections
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -85,6 +86,11 @@ def _has_mutable_node(treedef: TreeDef) -> bool:
 _interned: dict[Any, weakref.ref[Structure]] = {}
 
 
+def _ref(structure: Structure, key: Any) -> weakref.ref[Structure]:
+    # `interned.pop(key, ref)`: no Python code runs when a structure goes.
+    return weakref.ref(structure, functools.partial(_interned.pop, key))
+
+
 def _intern(treedef: TreeDef, statics: tuple) -> Structure:
     key = treedef_key(treedef), tuple(map(static_key, statics))
     known = _interned.get(key)
@@ -93,17 +99,9 @@ def _intern(treedef: TreeDef, statics: tuple) -> Structure:
         if known is not None and _interned.get(key) is known:
             _interned.pop(key, None)
         new = Structure(treedef, statics, key)
-        known = _interned.setdefault(key, weakref.ref(new, _forget(key)))
+        known = _interned.setdefault(key, _ref(new, key))
         structure = known()
     return structure
-
-
-def _forget(key: Any) -> Callable[[Any], None]:
-    def gone(ref: Any, interned: Any = _interned) -> None:
-        if interned.get(key) is ref:
-            interned.pop(key, None)
-
-    return gone
 
 
 LEAF = _intern(jtu.tree_structure(0), (ARRAY,))
