@@ -1,8 +1,11 @@
 """`StatefulFunction`: what it says of a function, and what its two calls do."""
 
+import copy
 import functools
 import inspect
+import pickle
 
+import cloudpickle
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -1140,3 +1143,30 @@ def test_make_jaxpr_takes_static_arguments():
 def test_make_jaxpr_keeps_the_name_of_the_function():
     assert sf.make_jaxpr(bump).__name__ == "bump"
     assert sf.make_jaxpr(bump).__wrapped__ is bump
+
+
+def scaled(x, n):
+    return n * x
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.copy,
+        copy.deepcopy,
+        lambda fn: pickle.loads(pickle.dumps(fn)),
+        lambda fn: cloudpickle.loads(cloudpickle.dumps(fn)),
+    ],
+)
+def test_a_copy_has_the_options_and_an_empty_cache(copied):
+    fn = sf.StatefulFunction(
+        scaled, -1, axis_env=[("i", 4)], name="s", return_only_write=False
+    )
+    fn.get_jaxpr(SCALE, 2)
+    other = copied(fn)
+    assert other is not fn
+    with pytest.raises(ValueError, match="nothing was traced"):
+        other.get_jaxpr(SCALE, 2, compile_if_miss=False)
+    for name in ("fun", "static_argnums", "axis_env", "name", "return_only_write"):
+        assert getattr(other, name) == getattr(fn, name)
+    assert other(SCALE, 2) == 20

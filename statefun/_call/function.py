@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, TypeVar
@@ -147,6 +148,30 @@ class StatefulFunction(Fast, Generic[P, R]):
     def _compile_with(self, **options: Any) -> None:
         """Options that don't change what is traced, only how it is compiled."""
         self._calls = Calls(self.fun, self._calls.options._replace(**options))
+
+    # Copies have the options, and a cache of their own, which is empty.
+
+    def __reduce__(self) -> tuple:
+        arguments = (
+            self.fun,
+            self.static_argnums,
+            self.static_argnames,
+            self.axis_env,
+            self.name,
+            self.return_only_write,
+            self.ir_optimizations,
+        )
+        return type(self), arguments, self._calls.options
+
+    def __setstate__(self, options: Options) -> None:
+        self._calls = Calls(self.fun, options)
+
+    def __deepcopy__(self, memo: dict) -> StatefulFunction[P, R]:
+        # Not the options: shardings hold devices, of which there are no copies.
+        kind, (fun, *rest), options = self.__reduce__()
+        new = kind(copy.deepcopy(fun, memo), *rest)
+        new.__setstate__(options)
+        return new
 
     # -- tracing and asking --
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, overload
@@ -48,6 +50,20 @@ class Jitted(Fast, Generic[P, R]):
 
     def __repr__(self) -> str:
         return f"filter_jit({self.stateful_function.name})"
+
+    def __reduce__(self) -> str | tuple:
+        # As functions are pickled: by name where it can be imported. `__main__` is
+        # another module in another process; cloudpickle sends its functions by value.
+        name = getattr(self, "__qualname__", "")
+        found: Any = sys.modules.get(self.__module__)
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is self and self.__module__ != "__main__":
+            return name
+        return type(self), (self.stateful_function,)
+
+    def __deepcopy__(self, memo: dict) -> Jitted[P, R]:
+        return type(self)(copy.deepcopy(self.stateful_function, memo))
 
     def lower(self, /, *args: P.args, **kwargs: P.kwargs) -> Lowered:
         """Traces and lowers the function for these arguments, without running it.

@@ -1,9 +1,12 @@
 """What `filter_jit` takes, gives back and offers beside calling."""
 
+import copy
 import functools
 import inspect
+import pickle
 import warnings
 
+import cloudpickle
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import statefun as sf
+
+from ..fresh import run_fresh
 
 
 class Counter(eqx.Module):
@@ -1405,3 +1410,112 @@ def test_a_state_within_a_states_value_is_tracked_by_itself():
         step(model, jnp.ones(3))
     assert (a.net.value.weight[0], b.net.value.weight[0]) == (4, 20)
     assert (a.net.value.mean.value[0], b.net.value.mean.value[0]) == (2, 1)
+
+
+# -- copies -------------------------------------------------------------------------
+
+
+@sf.filter_jit(donate="all")
+def double(x):
+    return 2 * x
+
+
+def by_cloudpickle(x):
+    return cloudpickle.loads(cloudpickle.dumps(x))
+
+
+def by_pickle(x):
+    return pickle.loads(pickle.dumps(x))
+
+
+COPIES = {"deepcopy": copy.deepcopy, "cloudpickle": by_cloudpickle}
+
+
+@pytest.mark.parametrize("send", [by_pickle, by_cloudpickle, copy.copy])
+def test_a_jitted_function_that_can_be_imported_is_sent_by_name(send):
+    assert send(double) is double
+    assert send(Counter.add) is Counter.add
+
+
+def test_a_jitted_method_is_sent_with_its_module():
+    counter = Counter(1)
+    assert by_pickle(counter.add)(2) == 3
+    assert counter.count.value == 1
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("checkify", [False, True])
+def test_a_copy_of_a_jitted_function_has_its_options_and_an_empty_cache(
+    copied, checkify
+):
+    def power(x, n):
+        "The n-th power."
+        return x**n if isinstance(n, int) else None
+
+    fn = sf.filter_jit(
+        power,
+        static_argnums=1,
+        checkify=checkify,
+        name="to_the",
+        donate="all-except-first",
+        compiler_options={},
+    )
+    fn(ONE, 2)
+    other = copied(fn)
+    assert type(other) is type(fn)
+    assert not other.retraces()
+    assert other._calls.options == fn._calls.options
+    assert (other.__name__, other.__doc__) == ("power", "The n-th power.")
+    assert other(2 * ONE, 3) == 8
+    assert len(other.retraces()) == len(fn.retraces()) == 1
+
+
+def test_a_jitted_function_with_shardings_can_be_copied():
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(AxisType.Auto,))
+    fn = sf.filter_jit(lambda x: 2 * x, out_shardings=NamedSharding(mesh, P("i")))
+    assert copy.deepcopy(fn)(jnp.ones(2)).sharding.mesh is mesh
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_copy_of_a_jitted_module_has_states_of_its_own(copied):
+    class Adder(eqx.Module):
+        total: sf.State
+
+        def __call__(self, x):
+            self.total.value += x
+            return self.total.value
+
+    adder = Adder(sf.State(jnp.array(1.0)))
+    fn = sf.filter_jit(adder)
+    assert fn(1.0) == 2
+    assert copied(fn)(5.0) == 7
+    assert copied(functools.partial(fn, 3.0))() == 5
+    assert adder.total.value == 2
+
+
+def test_what_is_jitted_in_main_can_be_sent_by_cloudpickle():
+    sent = run_fresh("""
+        import cloudpickle, equinox as eqx, jax.numpy as jnp, statefun as sf
+
+        class Counter(eqx.Module):
+            calls: sf.State
+
+            @sf.filter_jit
+            def __call__(self, x):
+                self.calls.value += 1
+                return x * self.calls.value
+
+        counter = Counter(sf.State(jnp.array(0)))
+        counter(1.0)
+        assert cloudpickle.loads(cloudpickle.dumps(counter))(2.0) == 4
+        assert counter.calls.value == 1
+
+        @sf.filter_jit
+        def factorial(x, n):
+            counter.calls.value += 1
+            return x if n == 0 else n * factorial(x, n - 1)
+
+        assert factorial(jnp.ones(()), 3) == 6
+        print(cloudpickle.dumps(factorial).hex())
+    """)
+    assert pickle.loads(bytes.fromhex(sent))(ONE, 4) == 24
