@@ -51,6 +51,15 @@ def jit_disabled() -> bool:
     return jax.config.jax_disable_jit  # type: ignore[attr-defined]
 
 
+def checks_results() -> bool:
+    """Whether `jax.debug_nans` or `jax.debug_infs` is on: a run may raise then, when
+    what was donated to it is deleted already."""
+    return bool(
+        jax.config.jax_debug_nans  # type: ignore[attr-defined]
+        or jax.config.jax_debug_infs  # type: ignore[attr-defined]
+    )
+
+
 def in_trace(trace: Any) -> Any:
     """Context manager: JAX operations inside are recorded by `trace`."""
     return jec.set_current_trace(trace)

@@ -221,6 +221,8 @@ class Calls:
             structures = tuple(site.translate(value)[1] for value in values)
             if fixed is None:
                 compiled = site.compiled(structures)
+                if compiled.donated != donated:  # JAX's configuration has changed
+                    raise Restart
             else:
                 compiled = fixed
                 refuse_other_structures(compiled, structures, cells)
@@ -262,7 +264,8 @@ class Calls:
 
     def _plan(self, site: Site, compiled: Compiled, n: int) -> None:
         """Makes the next call like this one a hot one, if it can be."""
-        if compiled.simple and not site.arg_cells and site.signature.only_arrays:
+        simple = compiled.simple and not site.spares
+        if simple and not site.arg_cells and site.signature.only_arrays:
             self.plans[n] = compiled
 
     def _run_in_trace(

@@ -15,7 +15,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._compat import jit_disabled
+from .._compat import checks_results, jit_disabled
 from .._state.cell import Cell, Value, Values
 from .._state.structure import ARRAY, Structure
 from .._trace.program import Program
@@ -174,8 +174,9 @@ class Compiled:
     ) -> None:
         """Runs it, and puts what it gives back in `results`: in one step with the run, so
         that it is there whenever an exception from outside arrives."""
+        spare = checks_results()  # here only with an executable made before it was on
         for i in self.donated:
-            flats[i] = _copy_if_held(flats, i)
+            flats[i] = _copied(flats[i]) if spare else _copy_if_held(flats, i)
         if self.may_fail:
             dynamic = self._placed(dynamic)
         arguments = self.arguments(dynamic, flats)
@@ -301,6 +302,10 @@ def _copy_if_held(flats: list[Any], i: int) -> Any:
     if sys.getrefcount(flat) > _REFERENCES[1]:
         return [jnp.copy(x) for x in flat]
     return [jnp.copy(x) if sys.getrefcount(x) > _REFERENCES[2] else x for x in flat]
+
+
+def _copied(flat: Any) -> Any:
+    return jax.tree.map(jnp.copy, flat)
 
 
 def _calibrate() -> tuple[int, int, int]:

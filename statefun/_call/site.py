@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from .. import _compat
 from .._state import access
 from .._state.cell import Cell, Value, Values
 from .._state.state import State
@@ -242,12 +243,20 @@ class Site:
 
     def compiled(self, structures: tuple[Structure, ...]) -> Compiled:
         """The `Compiled` for States of these structures; made if there is none."""
-        compiled = self._variants.get(structures)
+        key = structures, _compat.checks_results()
+        compiled = self._variants.get(key)
         if compiled is None:
             with self.calls.tracing():
                 compiled = self._compile(structures)
-                self._variants[structures] = compiled
+                self._variants[key] = compiled
         return compiled
+
+    @property
+    def spares(self) -> bool:
+        """Whether nothing is donated for now, though it may be in a later call."""
+        options = self.calls.options
+        donates = options.donate_states or self._donated_leaves
+        return bool(donates) and _compat.checks_results()
 
     @property
     def donated(self) -> list[int]:
@@ -256,14 +265,16 @@ class Site:
         Where a run may fail the old values are needed afterwards, and a callback may
         read them meanwhile: nothing is.
         """
-        if not self.calls.options.donate_states or self.may_fail or self.effects:
+        may_fail = self.may_fail or _compat.checks_results()
+        if not self.calls.options.donate_states or may_fail or self.effects:
             return []
         return [i for i, cell in enumerate(self.inputs) if cell in self.updated]
 
     @property
     def donated_leaves(self) -> list[int]:
         """Which of the dynamic leaves are donated."""
-        return [] if self.may_fail else self._donated_leaves
+        may_fail = self.may_fail or _compat.checks_results()
+        return [] if may_fail else self._donated_leaves
 
     def _compile(self, structures: tuple[Structure, ...]) -> Compiled:
         return Compiled(

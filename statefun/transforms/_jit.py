@@ -256,8 +256,11 @@ def filter_jit(
         `"none"`.
     - `donate_states`: whether the buffers of the States that are written may be reused
         in place, which saves their memory once. An array that somebody else still holds
-        (`old = state.value`) is copied first. Calls that share States then take turns.
-        A function with a callback that may fail keeps the old values.
+        (`old = state.value`) is copied first; an array that JAX made to share its buffer
+        (`device_put` to another sharding of the same devices, `addressable_data`) can't
+        be seen, and is deleted. Calls that share States then take turns. A function
+        with a callback that may fail keeps the old values, and so do all while
+        `jax.debug_nans` or `jax.debug_infs` is on.
     - `static_argnums`, `static_argnames`: arguments that are static as a whole.
     - `ir_optimizations`: see [`statefun.StatefulFunction`][].
     - `name`: what the compiled program is called.

@@ -544,6 +544,81 @@ def test_donate_states_spares_what_a_numpy_view_shows():
     assert s.value[0] == 3
 
 
+def test_donate_states_spares_a_snapshot_made_with_device_put():
+    s = sf.State(jnp.zeros(100))
+    add = add_to(s)
+    add(jnp.array(1.0))
+    snapshots = [jax.device_put(s.value), jax.device_put(s.value, jax.devices()[0])]
+    add(jnp.array(1.0))
+    assert [float(x[0]) for x in snapshots] == [1, 1]
+    assert s.value[0] == 2
+
+
+DEBUGGING = {
+    "nan": (jax.debug_nans, -1.0),
+    "inf": (jax.debug_infs, 0.0),
+}
+
+
+@pytest.mark.parametrize("debug, bad", DEBUGGING.values(), ids=DEBUGGING)
+@pytest.mark.parametrize("on", ["from the start", "later"])
+@pytest.mark.parametrize("donate", ["none", "all"])
+def test_a_donating_call_that_raises_while_debugging_leaves_the_states(
+    debug, bad, on, donate
+):
+    s = sf.State({"w": jnp.ones(100), "n": jnp.array(0)})
+    other = sf.State(jnp.ones(100))
+
+    @sf.filter_jit(donate_states=True, donate=donate)
+    def step(x):
+        s.value = {"w": jnp.log(s.value["w"] * x), "n": s.value["n"] + 1}
+        other.value += 1
+
+    steps = 0
+    if on == "later":
+        step(jnp.array(3.0))
+        steps = 1
+    before = np.array(s.value["w"])
+    with debug(True):
+        for _ in range(2):
+            with pytest.raises(FloatingPointError):
+                step(jnp.array(bad))
+            assert (s.value["n"], other.value[0]) == (steps, 1 + steps)
+            np.testing.assert_array_equal(s.value["w"], before)
+
+
+def test_donate_states_reuses_the_buffer_again_after_debugging():
+    s = sf.State(jnp.zeros(1000))
+    add = add_to(s)
+    with jax.debug_nans(True):
+        for _ in range(3):
+            add(jnp.array(1.0))
+    add(jnp.array(1.0))
+    before = address(s.value)
+    add(jnp.array(1.0))
+    assert address(s.value) == before
+    assert s.value[0] == 5
+
+
+@pytest.mark.parametrize("debug, bad", DEBUGGING.values(), ids=DEBUGGING)
+def test_a_donating_executable_that_raises_while_debugging_leaves_the_states(
+    debug, bad
+):
+    s = sf.State({"w": jnp.ones(100), "n": jnp.array(0)})
+
+    @sf.filter_jit(donate_states=True)
+    def step(x):
+        s.value = {"w": jnp.log(s.value["w"] * x), "n": s.value["n"] + 1}
+
+    compiled = step.lower(jnp.array(3.0)).compile()
+    compiled(jnp.array(3.0))
+    before = np.array(s.value["w"])
+    with debug(True), pytest.raises(Exception, match=r"nan|inf"):
+        compiled(jnp.array(bad))
+    np.testing.assert_array_equal(s.value["w"], before)
+    assert s.value["n"] == 1
+
+
 def test_donate_states_spares_an_argument_that_is_the_same_array():
     s = sf.State(jnp.ones(100))
     add = add_to(s)
