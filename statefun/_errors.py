@@ -113,8 +113,8 @@ def mutated(cell: Cell) -> StateTraceError:
     return StateTraceError(
         message(
             f"the value of {cell.describe()} was changed in place inside a trace.",
-            "`.value` puts the value together anew, so a change to one of its lists or "
-            "dicts would be lost.",
-            "assign the new value: `v = dict(state.value); v['k'] = x; state.value = v`.",
+            "`.value` puts the value together anew, so a change to one of its lists, "
+            "dicts or objects would be lost.",
+            "assign the new value: `v = state.value`, change `v`, `state.value = v`.",
         )
     )

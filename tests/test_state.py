@@ -897,6 +897,39 @@ def test_without_jit_a_raw_jit_may_read_and_write():
 # -- changed in place inside a trace ------------------------------------------------
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Fields:
+    a: Any
+    kind: str = dataclasses.field(default="a", metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    content: Any
+
+
+@jax.tree_util.register_pytree_node_class
+class Registered:
+    def __init__(self, a):
+        self.a = a
+
+    def __repr__(self):
+        return f"Registered({self.a})"
+
+    def tree_flatten(self):
+        return (self.a,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def set_field(value):
+    value.a = jnp.zeros(2)
+
+
 def set_item(value):
     value["a"] = jnp.zeros(2)
 
@@ -917,6 +950,16 @@ IN_PLACE = {
     "a dict of a module": (Holder({"a": 1}), lambda v: v.content.update(a=2)),
     "an ordered dict": (collections.OrderedDict(a=jnp.ones(2)), set_item),
     "a default dict": (collections.defaultdict(list, a=jnp.ones(2)), set_item),
+    "a field of a dataclass": (Fields(jnp.ones(2)), set_field),
+    "a static field of a dataclass": (
+        Fields(jnp.ones(2)),
+        lambda v: setattr(v, "kind", "b"),
+    ),
+    "a dataclass in a frozen one": (
+        Frozen(Fields(jnp.ones(2))),
+        lambda v: set_field(v.content),
+    ),
+    "a registered object": (Registered(jnp.ones(2)), set_field),
 }
 in_place = pytest.mark.parametrize(("value", "change"), IN_PLACE.values(), ids=IN_PLACE)
 
@@ -989,6 +1032,43 @@ def test_a_change_of_a_value_written_in_the_same_trace_is_an_error():
     with pytest.raises(sf.StateTraceError, match=r"^the value of State 'stats'"):
         step()
     assert state.value["a"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda f: sf.filter_jit(f)(),
+        lambda f: sf.filter_eval_shape(f),
+        lambda f: sf.filter_grad(lambda x: (f(), x)[1])(1.0),
+        lambda f: sf.filter_checkpoint(f)(),
+        lambda f: sf.filter_vmap(lambda x: f())(jnp.ones(2)),
+        lambda f: sf.scan(lambda c, x: (c, f()), 0.0, length=1),
+        lambda f: sf.fori_loop(0, 1, lambda i, c: (f(), c)[1], 0.0),
+        lambda f: sf.while_loop(lambda c: c < 1, lambda c: (f(), c + 1)[1], 0),
+        lambda f: sf.cond(True, f, f),
+    ],
+    ids="jit eval_shape grad checkpoint vmap scan fori_loop while_loop cond".split(),
+)
+def test_an_attribute_that_is_set_is_an_error_in_every_twin(run):
+    state = sf.State(Fields(jnp.ones(2)), name="stats")
+    with pytest.raises(sf.StateTraceError, match=r"^the value of State 'stats'"):
+        run(lambda: set_field(state.value))
+    assert state.value.a.tolist() == [1.0, 1.0]
+
+
+@jax.tree_util.register_pytree_node_class
+class Doubling(Registered):
+    def tree_flatten(self):
+        return (self.a * 2,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(children[0] / 2)
+
+
+def test_a_node_that_makes_its_children_anew_may_be_read():
+    state = sf.State(Doubling(jnp.ones(2)))
+    assert sf.filter_jit(lambda: state.value.a)().tolist() == [1.0, 1.0]
 
 
 def test_reading_a_list_or_dict_inside_a_trace_is_fine():

@@ -415,6 +415,29 @@ def test_typed_keys_pass_as_they_are():
 # -- what can be changed in place ---------------------------------------------------
 
 
+@jtu.register_dataclass
+@dataclasses.dataclass
+class Thawed:
+    content: Any
+
+
+@jtu.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cold:
+    content: Any
+
+
+@jtu.register_dataclass
+@dataclasses.dataclass
+class Unusual:
+    content: Any
+
+    def __setattr__(self, name, value):
+        if name != "content":
+            raise KeyError(name)
+        object.__setattr__(self, name, value)
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -424,6 +447,9 @@ def test_typed_keys_pass_as_they_are():
         Pair(1, {"a": 2}),
         collections.OrderedDict(a=1),
         collections.defaultdict(int, a=1),
+        Thawed(1),
+        Cold(Thawed(1)),
+        Unusual(1),
     ],
     ids=repr,
 )
@@ -431,7 +457,9 @@ def test_structures_with_lists_and_dicts_are_known_to_be_mutable(value):
     assert flatten(value)[1].mutable
 
 
-@pytest.mark.parametrize("value", [1, (1, (2,)), None, Pair(1, (2, None))], ids=repr)
+@pytest.mark.parametrize(
+    "value", [1, (1, (2,)), None, Pair(1, (2, None)), Cold((1, Cold(2)))], ids=repr
+)
 def test_structures_of_tuples_and_modules_are_not_mutable(value):
     assert not flatten(value)[1].mutable
 

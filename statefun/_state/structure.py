@@ -11,8 +11,9 @@ so the hot path compares with `is`.
 
 from __future__ import annotations
 
-import collections
+import dataclasses
 import functools
+import types
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -76,9 +77,25 @@ def _has_mutable_node(treedef: TreeDef) -> bool:
     node = treedef.node_data()
     if node is None:
         return False
-    if issubclass(node[0], list | dict | collections.deque):
-        return True
+    if not issubclass(node[0], tuple | types.NoneType | eqx.Module | functools.partial):
+        if not _is_frozen(node[0]):
+            return True
     return any(map(_has_mutable_node, treedef.children()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_frozen(kind: type) -> bool:
+    """Whether it is a dataclass that refuses to have its fields set."""
+    if not dataclasses.is_dataclass(kind) or kind.__setattr__ is object.__setattr__:
+        return False
+    try:
+        for field in dataclasses.fields(kind):
+            setattr(object.__new__(kind), field.name, None)
+    except dataclasses.FrozenInstanceError:
+        return True
+    except Exception:  # an own `__setattr__` may want more of an instance than this one
+        return False
+    return False
 
 
 # Without a lock, which an interrupt might leave locked and a finalizer might wait for:
@@ -123,6 +140,19 @@ def flatten(value: Any) -> tuple[Any, Structure]:
             statics.append(leaf)
     structure = _intern(treedef, tuple(statics))
     return (flat[0] if structure is LEAF else flat), structure
+
+
+def changed_in_place(value: Any, flat: Any, structure: Structure) -> bool:
+    """Whether a value is no longer what `structure.unflatten(flat)` made it."""
+    leaves, treedef = jtu.tree_flatten(value)
+    if treedef_key(treedef) != treedef_key(structure.treedef):
+        return True
+    before = jtu.tree_leaves(structure.unflatten(flat))
+    if all(x is y for x, y in zip(leaves, before, strict=True)):
+        return False
+    # A node that makes its children anew each time it is flattened says nothing.
+    again = jtu.tree_leaves(value)
+    return all(x is y for x, y in zip(leaves, again, strict=True))
 
 
 def leaves_of(flat: Any, structure: Structure) -> Sequence[Any]:

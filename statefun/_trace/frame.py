@@ -25,7 +25,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
-import jax.tree_util as jtu
 
 from .. import _compat
 from .._compat import Tracer
@@ -39,7 +38,7 @@ from .._errors import (
 )
 from .._state.access import StandIns, current, local, read_inside_raw_transform
 from .._state.cell import UNSET, Cell, Value, commit, committed
-from .._state.structure import Structure, flat_of, leaves_of
+from .._state.structure import Structure, changed_in_place, flat_of, leaves_of
 from .stale import forget_inner_traces, state_probe_p, trace_context
 
 # -- primitives ---------------------------------------------------------------------
@@ -188,12 +187,7 @@ class Frame:
         for cell, (flat, structure, value) in self._handed.items():
             if not structure.mutable:
                 continue
-            leaves, treedef = jtu.tree_flatten(value)
-            before = jtu.tree_leaves(structure.unflatten(flat))
-            same = treedef == structure.treedef and all(
-                x is y for x, y in zip(leaves, before, strict=True)
-            )
-            if not same:
+            if changed_in_place(value, flat, structure):
                 raise mutated(cell)
 
 
