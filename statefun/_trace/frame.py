@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -87,6 +87,8 @@ class Frame:
         self.kept: set[Cell] = set()
         self._contexts = contextlib.ExitStack()
         self.checks = False  # a runtime check is in flight, see `_run`
+        # States that a transform inside has written, and not handed on yet.
+        self.pending: frozenset[Cell] = frozenset()
         self._handed: dict[Cell, tuple[Any, Structure, Any]] = {}
 
     def __enter__(self) -> Frame:
@@ -115,6 +117,7 @@ class Frame:
 
     def peek(self, cell: Cell) -> Value:
         """`read` by a frame further up, whose trace is not the current one."""
+        self._check_pending(cell)
         found = self.writes.get(cell) or self.reads.get(cell)
         if found is None:
             self.order.setdefault(cell)
@@ -139,6 +142,7 @@ class Frame:
     def write(self, cell: Cell, flat: Any, structure: Structure) -> None:
         if not self.is_current():
             raise foreign_write(cell)
+        self._check_pending(cell)
         self.order.setdefault(cell)
         # `d = s.value; d["n"] = 1; s.value = d` is fine: the write says what was meant.
         self._handed.pop(cell, None)
@@ -154,6 +158,31 @@ class Frame:
             raise foreign_creation(cell)
         self.created[cell] = None
         self.writes[cell] = flat, structure
+
+    def hold(self, cells: Iterable[Cell]) -> None:
+        """Refuses reads and writes of States until `release`.
+
+        The function of a reverse-mode derivative has written them, and its backward pass
+        is about to run in this frame, which doesn't have the new values yet.
+        """
+        for cell in cells:
+            self._check_pending(cell)
+        self.pending |= frozenset(cells)
+
+    def release(self, cells: Iterable[Cell]) -> None:
+        self.pending -= frozenset(cells)
+
+    def _check_pending(self, cell: Cell) -> None:
+        if cell in self.pending:
+            raise StateTraceError(
+                message(
+                    "the backward rule of a raw `jax.custom_vjp` reads or writes "
+                    f"{cell.describe()}, which the differentiated function has written.",
+                    "the rule runs when the function is over, so that it wouldn't see "
+                    "the value that the State had when the function was called.",
+                    "use `sf.filter_custom_vjp`, or pass the value as an argument.",
+                )
+            )
 
     def _first_read(self, cell: Cell) -> Value:
         raise NotImplementedError
@@ -315,7 +344,11 @@ def transaction(run: Callable[[], R]) -> R:
     """
     outer = local.frame
     if outer is not None:
-        return run() if outer.is_current() else _inside_a_raw_transform(outer, run)
+        pending = outer.pending
+        try:
+            return run() if outer.is_current() else _inside_a_raw_transform(outer, run)
+        finally:
+            outer.pending = pending
     try:
         try:
             return _at_top(run)

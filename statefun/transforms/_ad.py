@@ -14,6 +14,7 @@ from ._twin import (
     Opened,
     Wrapper,
     close_states,
+    hold,
     is_opened,
     only_states,
     open_states,
@@ -128,7 +129,18 @@ def filter_vjp(fun: Callable[..., Any], *primals: Any, has_aux: bool = False) ->
 
         out, vjp_fn, (aux, written) = eqx.filter_vjp(inner, *opened, has_aux=True)
         written.write()
-        pull = lambda *cotangents: values_at(vjp_fn(*cotangents))  # noqa: E731
+
+        def pull(*cotangents: Any) -> Any:
+            def backward() -> Any:
+                hold(written.values)
+                return values_at(vjp_fn(*cotangents))
+
+            return (
+                transaction(backward)
+                if written.values
+                else values_at(vjp_fn(*cotangents))
+            )
+
         return (out, pull, unpack(aux)) if has_aux else (unpack(out), pull)
 
     return transaction(run)
@@ -157,7 +169,8 @@ def differentiable(
     def inner(diff: Any, *rest: Any) -> Any:
         closed, inside = close_states(diff, states)
         head = (closed,) if wrt is None else ()
-        out, written = run_pure(lambda: fun(*head, *rest, **kwargs), inside)
+        run = lambda: fun(*head, *rest, **kwargs)  # noqa: E731
+        out, written = run_pure(run, inside, backward=True)
         out, aux = out if has_aux else (out, None)
         return out, (aux, written)
 

@@ -62,6 +62,7 @@ class Updates:
         frame = access.local.frame
         assert frame is not None, "a twin runs in a transaction"
         frame.checks |= self.checks
+        frame.release(self.values)
         for cell, value in self.values.items():
             (frame.create if cell in self.created else frame.write)(cell, *value)
 
@@ -72,6 +73,7 @@ def run_pure(
     keeps: bool = False,
     view: Callable[[Cell, Value], Value] | None = None,
     sealed: bool = False,
+    backward: bool = False,
 ) -> tuple[Any, Updates]:
     """Runs a function inside a JAX transform.
 
@@ -80,6 +82,7 @@ def run_pure(
     - `run`: the user's function with its arguments.
     - `inside`: what States hold in there, where it differs from outside.
     - `keeps`, `view`, `sealed`: see `frame.Overlay`.
+    - `backward`: whether a backward pass follows before what was written is handed on.
 
     **Returns:** the result, its new States packed, and what was written.
     """
@@ -88,7 +91,16 @@ def run_pure(
         refuse_bare_state(out, "returned")
         out = pack(out, frame.created)
         written = Updates(Values(frame.writes), frozenset(frame.created), frame.checks)
+    if backward:
+        hold(written.values)
     return out, written
+
+
+def hold(cells: Iterable[Cell]) -> None:
+    """Keeps the backward pass that follows in this transaction away from States."""
+    frame = access.local.frame
+    assert frame is not None, "a twin runs in a transaction"
+    frame.hold(cells)
 
 
 @functools.partial(jtu.register_dataclass, data_fields=["value"], meta_fields=["cell"])

@@ -405,3 +405,110 @@ def test_reverse_over_forward_over_states_is_right(w):
 
     product = sf.filter_grad(directional, wrt=w)(jnp.ones(2))
     assert np.array_equal(product, [6.0, 0.0])
+
+
+# -- backward rules of raw custom derivatives -----------------------------------------
+
+
+@pytest.fixture
+def annealed():
+    """A State that a raw backward rule reads, and functions that write it before."""
+    strength = sf.State(jnp.float32(1), name="strength")
+
+    @jax.custom_vjp
+    def reverse(x):
+        return x
+
+    reverse.defvjp(lambda x: (x, None), lambda _, g: (-strength.value * g,))
+
+    def write_and_reverse(x):
+        strength.value = 2.0
+        return reverse(x)
+
+    return strength, reverse, write_and_reverse
+
+
+def by_vjp(f):
+    return lambda x: sf.filter_vjp(f, x)[1](jnp.float32(1))[0]
+
+
+def in_scan(f):
+    return lambda x: sf.scan(lambda c, _: (f(c), None), x, length=2)[0]
+
+
+BACKWARD = {
+    "grad": sf.filter_grad,
+    "jacrev": sf.filter_jacrev,
+    "hessian": sf.filter_hessian,
+    "vjp": by_vjp,
+    "jit of grad": lambda f: sf.filter_jit(sf.filter_grad(f)),
+    "grad of jit": lambda f: sf.filter_grad(sf.filter_jit(f)),
+    "jit of vjp": lambda f: sf.filter_jit(by_vjp(f)),
+    "vmap of grad": lambda f: lambda x: sf.filter_vmap(sf.filter_grad(f))(x[None])[0],
+    "grad of checkpoint": lambda f: sf.filter_grad(sf.filter_checkpoint(f)),
+    "grad of scan": lambda f: sf.filter_grad(in_scan(f)),
+    "grad in scan": lambda f: in_scan(sf.filter_grad(f)),
+}
+
+
+@pytest.mark.parametrize("twin", BACKWARD)
+def test_a_raw_backward_rule_may_not_read_what_the_function_has_written(twin, annealed):
+    strength, _, f = annealed
+    run = BACKWARD[twin](f)
+    for _ in range(2):  # again from JAX's caches
+        strength.value = 1.0
+        with pytest.raises(sf.StateTraceError, match="'strength'.*has written"):
+            run(jnp.float32(1))
+    assert strength.value == (2 if twin == "vjp" else 1)
+
+
+@pytest.mark.parametrize("twin", BACKWARD)
+def test_a_raw_backward_rule_reads_what_the_function_leaves_alone(twin, annealed):
+    strength, reverse, _ = annealed
+    other = sf.State(jnp.float32(0))
+
+    def f(x):
+        other.value += 1
+        return reverse(x)
+
+    run = BACKWARD[twin](f)
+    for value in (1.0, 3.0):
+        strength.value = value
+        want = {"hessian": 0, "grad of scan": value**2}.get(twin, -value)
+        assert run(jnp.float32(1)) == want
+
+
+def test_a_raw_backward_rule_may_not_write_what_the_function_has_written():
+    last = sf.State(jnp.float32(0), name="last")
+
+    @jax.custom_vjp
+    def f(x):
+        return x
+
+    def backward(_, g):
+        last.value = 5.0
+        return (g,)
+
+    f.defvjp(lambda x: (x, None), backward)
+
+    def write_and_call(x):
+        last.value = 1.0
+        return f(x)
+
+    with pytest.raises(sf.StateTraceError, match="'last'"):
+        sf.filter_grad(write_and_call)(jnp.float32(1))
+    assert last.value == 0
+
+
+def test_a_refused_backward_rule_leaves_the_states_usable(annealed):
+    strength, _, f = annealed
+
+    @sf.filter_jit
+    def caught(x):
+        with pytest.raises(sf.StateTraceError):
+            sf.filter_grad(f)(x)
+        strength.value += 1
+        return strength.value
+
+    assert caught(jnp.float32(1)) == 2
+    assert strength.value == 2
