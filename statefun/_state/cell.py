@@ -221,8 +221,9 @@ def turn(cells: Sequence[Cell]) -> Iterator[None]:
         shared.version += 2  # a call that has read their values must look again
 
     def give_back() -> None:
-        for cell in mine:
-            shared.taken.pop(cell, None)
+        while mine:  # once: another thread may have taken them since
+            shared.taken.pop(mine[-1], None)
+            mine.pop()
         _returned.notify_all()
 
     try:
