@@ -216,6 +216,7 @@ class Touched:
                     self._values = Values(self._values | values_of(new))
         finally:
             self._open = False
+            self._values = Values()  # JAX keeps the rules, and the rules this object
 
     def values(self) -> Values:
         """What the States hold, as arguments that must not be differentiated."""

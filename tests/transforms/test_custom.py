@@ -680,6 +680,7 @@ def test_custom_rules_leave_no_tracer(scale, count, checking_leaks):
         f = make(scale, count)
         f(S)
         sf.filter_grad(f)(S)
+        sf.filter_jit(f)(S)
         sf.filter_jit(sf.filter_grad(f))(S)
     assert not isinstance(count.value, jax.core.Tracer)
 
