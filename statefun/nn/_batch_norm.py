@@ -50,8 +50,11 @@ class BatchNorm(eqx.Module):
 
     **Attributes:**
 
-    - `running_mean`, `running_var`: States of shape `(input_size,)`.
-    - `count`: a State, the number of batches seen.
+    - `running_mean`, `running_var`: States of shape `(input_size,)`, zeros and ones in an
+        untrained layer. They are what inference uses, as they are: to load the statistics
+        of a trained network, write them.
+    - `count`: a State, the number of batches that the statistics are an average of. It
+        stays 0 where training goes on from statistics that were written.
 
     !!! example
 
@@ -66,11 +69,14 @@ class BatchNorm(eqx.Module):
 
     !!! info
 
-        `mode="batch"` keeps averages that start at zero and divides them by what is
-        missing to one, as Adam does, so that they are unbiased from the first batch on.
-        Equinox does so too, but starts its average of the variance at one: after `n`
-        batches it has `momentum**n` more, before the division. An untrained layer has
-        mean 0 and variance 1.
+        `mode="batch"` weighs the first batches more, as Adam does, so that the averages
+        are unbiased from the first batch on. Equinox keeps averages that are biased, and
+        divides them by `1 - momentum**count` where it uses them; its average of the
+        variance starts at one, so that after `n` batches it has `momentum**n` more,
+        before the division.
+
+        Statistics that were written to an untrained layer are not forgotten in this way:
+        every batch moves them by `1 - momentum`.
 
     Source: [Batch Normalization](https://arxiv.org/abs/1502.03167);
     `equinox.nn.BatchNorm`.
@@ -109,7 +115,7 @@ class BatchNorm(eqx.Module):
         self.weight = jnp.ones(input_size, dtype) if channelwise_affine else None
         self.bias = jnp.zeros(input_size, dtype) if channelwise_affine else None
         self.running_mean = State(jnp.zeros(input_size, dtype), name="running_mean")
-        self.running_var = State(jnp.zeros(input_size, dtype), name="running_var")
+        self.running_var = State(jnp.ones(input_size, dtype), name="running_var")
         self.count = State(jnp.array(0, jnp.int32), name="count")
         self.inference = inference
         self.axis_name = _names(axis_name)
@@ -168,13 +174,7 @@ class BatchNorm(eqx.Module):
             sf.nn.BatchNorm(3).statistics()  # zeros and ones: nothing seen yet
             ```
         """
-        count = self.count.value
-        mean, var = self.running_mean.value, self.running_var.value
-        if self.mode == "batch":
-            known = 1 - self.momentum ** count.astype(mean.dtype)
-            known = jnp.where(count == 0, jnp.ones_like(known), known)
-            mean, var = mean / known, var / known
-        return mean, jnp.where(count == 0, jnp.ones_like(var), var)
+        return self.running_mean.value, self.running_var.value
 
     def _per_channel(self, v: Array, y: Array) -> Array:
         return v.reshape(1, -1, *(1,) * (y.ndim - 2))
@@ -238,17 +238,32 @@ class BatchNorm(eqx.Module):
         mean, var = (
             lax.stop_gradient((mean, var)) if self.mode == "batch" else (mean, var)
         )
-        first = self.count.value == 0
+        count, old_mean, old_var = (
+            self.count.value,
+            self.running_mean.value,
+            self.running_var.value,
+        )
+        # Of a layer that has seen nothing, unless somebody has written its statistics.
+        untrained = (count == 0) & jnp.all(old_mean == 0) & jnp.all(old_var == 1)
+        share = jnp.where(
+            untrained, 1.0, jnp.where(count == 0, 1 - self.momentum, self._share(count))
+        )
 
-        def average(state: State[Array], new: Array) -> None:
-            mixed = self.momentum * state.value + (1 - self.momentum) * new
-            if self.mode == "ema":
-                mixed = jnp.where(first, new, mixed)
-            state.value = mixed
+        def average(old: Array, new: Array) -> Array:
+            weight = share.astype(old.dtype)
+            return (1 - weight) * old + weight * new
 
-        average(self.running_mean, mean)
-        average(self.running_var, var)
-        self.count.value += 1
+        self.running_mean.value = average(old_mean, mean)
+        self.running_var.value = average(old_var, var)
+        self.count.value = jnp.where(untrained | (count > 0), count + 1, count)
+
+    def _share(self, count: Array) -> Array | float:
+        """The share of a batch in the averages over it and `count` others before it."""
+        if self.mode == "ema" or self.momentum in (0, 1):
+            return 1 - self.momentum
+        # `1 - momentum**(count + 1)`, without the rounding of a momentum near one.
+        known = -jnp.expm1((count + 1).astype(jnp.float32) * math.log(self.momentum))
+        return (1 - self.momentum) / known
 
     def _check_channels(self, x: Array, y: Array) -> None:
         if y.ndim < 2 or y.shape[1] != self.input_size:

@@ -57,6 +57,7 @@ def test_training_equals_equinox_with_and_without_vmap(mode, spatial):
     else:
         mean, var = by_hand.state.get(by_hand.layer.batch_state_index)
         var = var - 0.9**3  # Equinox starts at one
+        mean, var = mean / (1 - 0.9**3), var / (1 - 0.9**3)
     for layer in (plain, lanes):
         assert_close(layer.running_mean.value, mean)
         assert_close(layer.running_var.value, var)
@@ -111,6 +112,58 @@ def test_ema_inference_equals_equinox():
 def test_an_untrained_layer_leaves_its_input_in_inference(mode):
     (x,) = batches(1, 6, 3)
     assert_close(nn.BatchNorm(3, mode=mode, inference=True)(x), x)
+
+
+def loaded(mode, **options):
+    layer = nn.BatchNorm(3, momentum=0.9, mode=mode, **options)
+    layer.running_mean.value = np.array([1.0, 2.0, 3.0], np.float32)
+    layer.running_var.value = np.array([4.0, 9.0, 16.0], np.float32)
+    return layer, *layer.statistics()
+
+
+@pytest.mark.parametrize("mode", ["batch", "ema"])
+@pytest.mark.parametrize("count", [0, 1, 10_000])
+def test_inference_uses_the_statistics_that_were_loaded(mode, count):
+    layer, mean, var = loaded(mode)
+    layer.count.value = count
+    (x,) = batches(1, 6, 3)
+    assert_close(layer.statistics()[1], [4.0, 9.0, 16.0])
+    expected = (x - mean[None]) / jnp.sqrt(var[None] + 1e-5)
+    assert_close(nn.inference_mode(layer)(x), expected)
+
+
+@pytest.mark.parametrize("mode", ["batch", "ema"])
+@pytest.mark.parametrize("wrap", [lambda f: f, sf.filter_jit])
+def test_every_batch_moves_loaded_statistics_by_the_momentum(mode, wrap):
+    layer, mean, var = loaded(mode)
+    run = wrap(lambda x: layer(x))
+    for x in batches(3, 6, 3):
+        run(x)
+        mean = 0.9 * mean + 0.1 * jnp.mean(x, 0)
+        var = 0.9 * var + 0.1 * jnp.var(x, 0)
+        assert_close(layer.statistics()[0], mean)
+        assert_close(layer.statistics()[1], var)
+
+
+def test_loaded_statistics_are_told_apart_in_every_member_of_an_ensemble():
+    members = sf.filter_vmap(lambda _: nn.BatchNorm(3, momentum=0.9))(jnp.zeros(2))
+    members.running_mean.value = jnp.array([[0.0] * 3, [10.0] * 3])
+    (x,) = batches(1, 6, 3)
+    sf.filter_vmap(lambda layer: layer(x), state_axes=0)(members)
+    new = jnp.mean(x, 0)
+    assert_close(members.running_mean.value, jnp.stack([new, 9 + 0.1 * new]))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.99999, 1.0])
+def test_extreme_momenta_give_exact_averages(momentum):
+    layer = nn.BatchNorm(3, momentum=momentum)
+    first, second = batches(2, 6, 3)
+    layer(first)
+    assert_close(layer.statistics()[0], jnp.mean(first, 0))
+    layer(second)
+    share = {0.0: 1.0, 0.99999: 1 / 1.99999, 1.0: 0.0}[momentum]
+    mean = (1 - share) * jnp.mean(first, 0) + share * jnp.mean(second, 0)
+    assert_close(layer.statistics()[0], mean)
 
 
 def test_inference_needs_no_mapped_axis():

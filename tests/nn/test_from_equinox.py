@@ -177,6 +177,30 @@ def test_models_whose_state_was_made_by_hand_can_be_copied():
         sf.filter_vmap(m, axis_name="batch")(data(0)[0])
 
 
+@pytest.mark.parametrize("mode", ["batch", "ema"])
+def test_loaded_statistics_are_used_and_trained_on_as_the_docs_say(mode):
+    norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
+        3, axis_name="batch", mode=mode, momentum=0.9
+    )
+    mean, var = jnp.array([1.0, 2.0, 3.0]), jnp.array([4.0, 9.0, 16.0])
+    if mode == "ema":
+        index, seen = norm.ema_state_index, (norm.ema_first_time_index, False)
+    else:
+        index, seen = norm.batch_state_index, (norm.batch_counter, 10_000)
+    state = state.set(index, (mean, var)).set(seen[0], jnp.array(seen[1]))
+    module, (x, _) = nn.from_equinox(norm, state), data(0)
+    evaluate = sf.filter_vmap(nn.inference_mode(module), axis_name="batch")
+
+    def expected():
+        return (x - mean[None]) / jnp.sqrt(var[None] + 1e-5)
+
+    np.testing.assert_allclose(evaluate(x), expected(), atol=1e-4)
+    sf.filter_vmap(module, axis_name="batch")(x)
+    mean = 0.9 * mean + 0.1 * jnp.mean(x, 0)
+    var = 0.9 * var + 0.1 * jnp.var(x, 0)
+    np.testing.assert_allclose(evaluate(x), expected(), atol=1e-4)
+
+
 def test_a_state_may_be_passed_by_keyword_and_outputs_may_be_several():
     class Two(eqx.Module):
         norm: eqx.nn.BatchNorm
