@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import operator
 import pathlib
 import pickle
 import re
@@ -386,6 +387,77 @@ def test_states_of_one_structure_share_it():
     assert a._cell.structure is b._cell.structure
     a.value = jtu.tree_map(lambda x: 2 * x if eqx.is_array(x) else x, a.value)
     assert a._cell.structure is b._cell.structure
+
+
+# -- not a value --------------------------------------------------------------------
+
+
+def delete(s):
+    del s[0]
+
+
+def assign(s):
+    s[0] = 1
+
+
+BINARY = [
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv),
+    *(operator.mod, operator.pow, operator.matmul, operator.and_, operator.or_),
+    *(operator.xor, operator.lshift, operator.rshift, divmod, operator.iadd),
+    *(operator.lt, operator.le, operator.gt, operator.ge),
+]
+UNARY = [
+    *(bool, float, int, complex, len, iter, list, tuple, abs, round, reversed, any),
+    *(operator.neg, operator.pos, operator.invert, operator.index, operator.not_),
+    *(lambda s: s[0], assign, delete, lambda s: 1 in s, lambda s: [1, 2][s]),
+    *(lambda s: 1 if s else 2, lambda s: s or 1, lambda s: max(s, 0), sorted),
+    *(np.asarray, np.array, jnp.asarray, jnp.array),
+]
+USED = r"^State 'count' \(created at .*\) was used as if it were its value, in `"
+
+
+@pytest.mark.parametrize("kind", [sf.State, sf.Param])
+@pytest.mark.parametrize("use", UNARY)
+def test_a_state_itself_is_no_value(use, kind):
+    state = kind(jnp.arange(3), name="count")
+    with pytest.raises(sf.StateTypeError, match=USED.replace("State", kind.__name__)):
+        use(state)
+
+
+@pytest.mark.parametrize(
+    "other", [1, 2.0, jnp.ones(2), np.ones(2), np.float32(1), None]
+)
+@pytest.mark.parametrize("use", BINARY)
+def test_a_state_itself_is_no_operand(use, other):
+    state = sf.State(jnp.arange(3), name="count")
+    for pair in ((state, other), (other, state), (state, state)):
+        if use is operator.iadd and pair[0] is other and isinstance(other, np.ndarray):
+            continue  # NumPy's own error, as it writes in place
+        with pytest.raises(sf.StateTypeError, match=USED) as error:
+            use(*pair)
+        assert "write `.value`" in str(error.value)
+        assert isinstance(error.value, TypeError)
+
+
+def test_a_state_itself_is_no_value_in_a_compiled_function():
+    state = sf.State(True, name="count")
+
+    @sf.filter_jit
+    def run():
+        return 1 if state else 2
+
+    with pytest.raises(sf.StateTypeError, match=r"`bool\(state\)`"):
+        run()
+
+
+@pytest.mark.parametrize("other", [1, None, jnp.ones(2), np.ones(2), sf.State(1)])
+def test_equality_stays_identity(other):
+    state = sf.State(1)
+    assert (state == other) is (other == state) is False
+    assert (state != other) is (other != state) is True
+    assert state == state and not (state != state)
+    assert state in [other, state] or isinstance(other, jax.Array | np.ndarray)
+    assert str(state) == f"{state}" == repr(state)
 
 
 # -- not hashable -------------------------------------------------------------------

@@ -38,7 +38,8 @@ class State(Generic[T]):
     A Python number that is written takes the dtype of the array it replaces, and weak
     types are dropped. A State may sit in another State's value.
 
-    `==` is identity. A State can't be hashed, can be copied and pickled (a State that
+    `==` is identity. A State is no number or array: `state + 1`, `if state:`, `state[0]`
+    and the like raise. It can't be hashed, can be copied and pickled (a State that
     occurs twice in what is copied is one State in the copy), and is a leaf, not a node,
     of pytrees.
 
@@ -48,7 +49,8 @@ class State(Generic[T]):
     - `name`: what errors and reports call the State.
 
     **Raises:** `statefun.StateTraceError` on a write, or a read that can't be right,
-    inside a JAX transform that is not statefun's.
+    inside a JAX transform that is not statefun's. `statefun.StateTypeError` where the
+    State itself is used as a value.
 
     !!! example
 
@@ -200,6 +202,72 @@ class State(Generic[T]):
     def __reduce__(self) -> Any:
         flat, structure = access.read(self._cell)
         return _unpickle, (self._shell(), structure.unflatten(flat))
+
+
+def _used_as_value(name: str, use: str) -> Callable[..., Any]:
+    def method(self: State, *args: Any, **kwargs: Any) -> Any:
+        raise StateTypeError(
+            message(
+                f"{self._cell.describe()} was used as if it were its value, in `{use}`.",
+                "a State is the cell and not what it holds; by itself it can only be "
+                "asked whether it is another (`is`, `==`).",
+                "write `.value`: `state.value`.",
+            )
+        )
+
+    method.__name__, method.__qualname__ = name, f"State.{name}"
+    return method
+
+
+_BINARY = {
+    "add": "+",
+    "sub": "-",
+    "mul": "*",
+    "truediv": "/",
+    "floordiv": "//",
+    "mod": "%",
+    "pow": "**",
+    "matmul": "@",
+    "and": "&",
+    "or": "|",
+    "xor": "^",
+    "lshift": "<<",
+    "rshift": ">>",
+}
+_FUNCTIONS = (
+    "bool",
+    "float",
+    "int",
+    "complex",
+    "len",
+    "iter",
+    "abs",
+    "round",
+    "divmod",
+)
+_USES = {
+    **{name: f"state {symbol} …" for name, symbol in _BINARY.items()},
+    **{f"r{name}": f"… {symbol} state" for name, symbol in _BINARY.items()},
+    **{name: f"{name}(state)" for name in _FUNCTIONS},
+    "rdivmod": "divmod(…, state)",
+    "lt": "state < …",
+    "le": "state <= …",
+    "gt": "state > …",
+    "ge": "state >= …",
+    "neg": "-state",
+    "pos": "+state",
+    "invert": "~state",
+    "index": "operator.index(state)",
+    "array": "asarray(state)",
+    "getitem": "state[…]",
+    "setitem": "state[…] = …",
+    "delitem": "del state[…]",
+    "contains": "… in state",
+    "reversed": "reversed(state)",
+}
+for _name, _use in _USES.items():
+    setattr(State, f"__{_name}__", _used_as_value(f"__{_name}__", _use))
+State.__array_ufunc__ = None  # type: ignore[attr-defined]  # NumPy leaves `x + state` to us
 
 
 class Param(State[T]):
