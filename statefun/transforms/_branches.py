@@ -18,7 +18,7 @@ from .._trace.program import Program
 from .._trace.result import OutTree, Reference
 from ._carry import as_arrays
 from ._eager import answering_for, compiled_when_eager
-from ._twin import note_checks, split_arrays, trace_body, values_of
+from ._twin import jax_arrays, note_checks, split_arrays, trace_body, values_of
 
 
 class _Branches:
@@ -60,7 +60,7 @@ class _Branches:
 
     def finish(self, out: Any) -> Any:
         """Writes the States; the result."""
-        leaves, written = out
+        leaves, written = jax_arrays(out)
         access.write(written)
         return self.programs[0].out.build(leaves)
 

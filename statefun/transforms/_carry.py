@@ -17,6 +17,7 @@ from .._state.cell import Values
 from .._state.static import static_key, treedef_key
 from .._trace.program import Program
 from ._twin import (
+    jax_arrays,
     note_checks,
     split_arrays,
     trace_body,
@@ -157,7 +158,7 @@ class Loop:
 
     def finish(self, loop: Any, beside: Sequence[Any] = ()) -> tuple[Any, Any]:
         """Writes the States; the final carry, and what the body returned beside it."""
-        arrays, written = loop
+        (arrays, written), beside = jax_arrays((loop, beside))
         access.write(written)
         _, out = self.program.out.build([*arrays, *beside])
         return self.carry.build(arrays), out

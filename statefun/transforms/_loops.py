@@ -256,11 +256,12 @@ def _fori_loop(
 def _index_type(lower: Any, upper: Any) -> Any:
     """What `jax.lax.fori_loop` passes as the index."""
     seen = []
-    jax.eval_shape(
-        lambda: lax.fori_loop(
-            lower, upper, lambda i, c: (seen.append(jax.typeof(i)), c)[1], 0
+    with jax.disable_jit(False):  # else a loop without iterations never runs its body
+        jax.eval_shape(
+            lambda: lax.fori_loop(
+                lower, upper, lambda i, c: (seen.append(jax.typeof(i)), c)[1], 0
+            )
         )
-    )
     return seen[0]
 
 

@@ -23,7 +23,9 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 
 from .._errors import StateValueError, message
 from .._state import access
@@ -221,6 +223,16 @@ def split_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
         return treedef.unflatten(new)
 
     return [leaves[i] for i in slots], build
+
+
+def jax_arrays(tree: Any) -> Any:
+    """NumPy arrays and numbers, which `jax.lax` may return uncompiled, as jax arrays."""
+
+    def convert(x: Any) -> Any:
+        plain = isinstance(x, np.ndarray | np.generic | bool | int | float | complex)
+        return jnp.asarray(x) if plain else x
+
+    return jtu.tree_map(convert, tree)
 
 
 def trace_body(run: Callable[..., Any], dynamic: Sequence[Any]) -> Program:

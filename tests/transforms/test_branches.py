@@ -461,6 +461,31 @@ def test_branches_work_without_compilation(a, b):
     assert (float(a.value), float(b.value)) == (2.0, 6.0)
 
 
+@pytest.mark.parametrize("disable", [False, True])
+@pytest.mark.parametrize("value", [1, 2.0, np.float32(1), np.ones(2, np.float32)])
+def test_branches_leave_jax_arrays(value, disable):
+    held = sf.State(value, name="held")
+
+    def given(x):
+        held.value = x
+        return x
+
+    def constant(x):
+        held.value = value
+        return value
+
+    for branch in (given, constant):
+        with jax.disable_jit(disable):
+            out = (
+                sf.cond(True, branch, branch, value),
+                sf.cond(np.bool_(False), branch, branch, value),
+                sf.switch(1, [branch, branch], value),
+                sf.switch(0, [branch], value),
+            )
+        for x in jax.tree.leaves((out, held.value)):
+            assert isinstance(x, jax.Array) and not isinstance(x, np.ndarray | int)
+
+
 def test_branches_leave_no_tracer(a, b, checking_leaks):
     sf.cond(YES, change(a, jnp.array(2.0)), change(b, jnp.array(3.0)))
     sf.filter_jit(lambda x: sf.cond(YES, lambda: change(a, x)(), lambda: None))(

@@ -668,6 +668,50 @@ def test_loops_work_without_compilation(name, total):
     assert total.value == {"scan": 10.0, "map": 10.0, "fori_loop": 6.0}.get(name, 3.0)
 
 
+@pytest.mark.parametrize("disable", [False, True])
+@pytest.mark.parametrize(("lower", "upper"), [(0, 0), (3, 1), (jnp.array(2), 2)])
+def test_a_loop_without_iterations_leaves_everything(lower, upper, disable, total):
+    def body(i, c):
+        total.value += i
+        return c + 1
+
+    with jax.disable_jit(disable):
+        assert_same(sf.fori_loop(lower, upper, body, 1.5), jnp.asarray(1.5))
+    assert total.value == 0
+
+
+NUMPY = np.ones(2, np.float32)
+HANDED_ON = {
+    "scan": lambda put: sf.scan(lambda c, x: (c, put(x, NUMPY)), NUMPY, np.arange(3)),
+    "map": lambda put: sf.map(lambda x: put(x, 1), np.arange(3)),
+    "map, batches": lambda put: sf.map(lambda x: put(0, 1), X, batch_size=3),
+    "fori_loop": lambda put: sf.fori_loop(0, 3, lambda i, c: put(i, (i, c[1])), (0, 1)),
+    "fori_loop, arrays": lambda put: sf.fori_loop(0, 3, lambda i, c: put(i, c), NUMPY),
+    "fori_loop, none": lambda put: sf.fori_loop(0, 0, lambda i, c: put(i, c), NUMPY),
+    "while_loop": lambda put: sf.while_loop(
+        lambda c: c[0] < 3, lambda c: put(c[0], (c[0] + 1, NUMPY)), (0, NUMPY)
+    ),
+    "while_loop, none": lambda put: sf.while_loop(
+        lambda c: False, lambda c: put(0, c), NUMPY
+    ),
+}
+
+
+@pytest.mark.parametrize("disable", [False, True])
+@pytest.mark.parametrize("name", HANDED_ON)
+def test_loops_leave_jax_arrays(name, disable):
+    seen = sf.State(jnp.array(0), name="seen")
+
+    def put(value, out):
+        seen.value = value
+        return out
+
+    with jax.disable_jit(disable):
+        out = HANDED_ON[name](put)
+    for x in jax.tree.leaves((out, seen.value)):
+        assert isinstance(x, jax.Array) and not isinstance(x, np.ndarray | int)
+
+
 def test_gradients_go_through_loops_and_states(total):
     def f(x):
         def body(c, _):
