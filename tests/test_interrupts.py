@@ -1,8 +1,8 @@
 """An exception at any bytecode of a call leaves States before or after, never between.
 
 Ctrl-C may arrive anywhere. So every operation here is run again and again, and each time
-`KeyboardInterrupt` is raised at another bytecode of statefun (`sys.monitoring`, or `sys.settrace`
-with `f_trace_opcodes`): the first, the second, and so on. After each:
+`KeyboardInterrupt` is raised at another bytecode of statefun (by `sys.monitoring`, or
+`sys.settrace`): the first, the second, and so on. After each:
 
 - all States hold what they held before, or all hold what they would hold after;
 - another thread reads and writes at once: no lock is held;
