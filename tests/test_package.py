@@ -37,7 +37,7 @@ LAYERS = (
     ("_state.access",),
     ("_state.state",),
     ("_state.tree",),
-    ("_trace.stale",),
+    ("_trace.stale", "_trace.names"),
     ("_trace.frame",),
     ("_trace.result",),
     ("_trace.program",),

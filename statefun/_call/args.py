@@ -141,9 +141,13 @@ class Signature:
 
     def _argument(self) -> list[Any]:
         """For every dynamic leaf the position or name of its argument."""
+        return [_key(path[1]) for path in self.paths()]
+
+    def paths(self) -> list[tuple]:
+        """Where in `(args, kwargs)` the dynamic leaves are."""
         indices = self.treedef.unflatten(range(len(self.leaves)))
         paths = [path for path, _ in jtu.tree_leaves_with_path(indices)]
-        return [_key(paths[i][1]) for i in self.dynamic]
+        return [paths[i] for i in self.dynamic]
 
     def donated(self, donate: str) -> list[int]:
         """The dynamic leaves that are donated: see `filter_jit`."""

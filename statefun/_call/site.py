@@ -17,6 +17,7 @@ from .._state.cell import Cell, Value, Values
 from .._state.state import State
 from .._state.structure import Structure, leaves_of
 from .._trace import program as _program
+from .._trace.names import named_at
 from ..ir import optimize_jaxpr
 from .args import Signature
 from .compiled import Compiled, Restart, Trace, present
@@ -167,6 +168,7 @@ class Site:
             arg_index=self.arg_cells,
             axis_env=calls.options.axis_env,
             stand_ins=stand_ins,
+            named=named_at(fun, self.signature.paths()),
         )
         if calls.options.ir_optimizations:
             closed = optimize_jaxpr(program.closed, calls.options.ir_optimizations)

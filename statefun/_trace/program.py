@@ -23,6 +23,7 @@ from .._state.structure import Structure, flat_of, leaves_of
 from .._trace.result import OutTree, flatten_out, refuse_bare_state
 from . import frame as _frame, stale
 from .frame import TracedFrame
+from .names import Named
 
 _CALLBACKS = {"pure_callback", "io_callback"}
 
@@ -148,6 +149,7 @@ def trace(
     arg_index: Mapping[Cell, int] | None = None,
     axis_env: Any = None,
     stand_ins: Mapping[Cell, Cell] | None = None,
+    named: Named | None = None,
 ) -> Program:
     """Traces `run(*dynamic)`, once, to a `Program`.
 
@@ -159,6 +161,7 @@ def trace(
     - `arg_index`: the stand-ins for States of arguments, by position.
     - `axis_env`: as in `jax.make_jaxpr`.
     - `stand_ins`: for States of the arguments, by the States that they stand for.
+    - `named`: what JAX's errors shall call the function and its arguments.
 
     **Raises:** `TypeError` if a State is returned bare or in a plain container.
     """
@@ -181,6 +184,8 @@ def trace(
                     arrays.extend(leaves_of(*value))
             return arrays
 
+    if named is not None:
+        named.lend_to(flat)
     with stale.trace_context():
         closed = jax.make_jaxpr(flat, axis_env=axis_env)(*dynamic)
     n_reads = sum(len(s.slots) for s in found["reads"].values())

@@ -20,7 +20,8 @@ from .._state.cell import UNSET, Cell, Value
 from .._state.state import State
 from .._state.static import static_key
 from .._state.structure import ARRAY, Structure, leaves_of
-from ._names import Captured, Parameters
+from .._trace.names import Parameters
+from ._names import Captured
 
 Kind = Literal[
     "first call",

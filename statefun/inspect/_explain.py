@@ -18,6 +18,7 @@ from .._call.site import Site
 from .._state.cell import Cell
 from .._state.state import State
 from .._state.structure import ARRAY, Structure
+from .._trace.names import Parameters
 from .._trace.program import Program
 from .._trace.result import Argument, Reference
 from ..ir import OPTIMIZATIONS, optimize_jaxpr
@@ -25,7 +26,7 @@ from ..transforms import Jitted
 from ._boxes import box_of, count
 from ._causes import aval_text, leaves_with_path, text
 from ._history import unobserved
-from ._names import Captured, Parameters
+from ._names import Captured
 from ._report import Cost, Leaf, Report, StateUse, type_of
 
 

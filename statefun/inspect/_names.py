@@ -1,4 +1,4 @@
-"""What things are called: parameters of a function, and what it closes over.
+"""What things are called that a function closes over.
 
 A report, or the reason of a trace, is about `model.norm.mean` and `config.layers`, the
 names that stand in the user's source.
@@ -7,7 +7,6 @@ names that stand in the user's source.
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -19,38 +18,7 @@ import jax.tree_util as jtu
 from .._state import access
 from .._state.cell import UNSET, Cell
 from .._state.state import State
-
-
-class Parameters:
-    """Names the places in a call's `(args, kwargs)`."""
-
-    def __init__(self, fun: Any):
-        try:
-            parameters = list(inspect.signature(fun).parameters.values())
-        except (ValueError, TypeError):  # a builtin has no signature
-            parameters = []
-        self._rest = next(
-            (p.name for p in parameters if p.kind is p.VAR_POSITIONAL), ""
-        )
-        self._names = [
-            p.name
-            for p in parameters
-            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
-
-    def positional(self, index: int) -> str:
-        if index < len(self._names):
-            return self._names[index]
-        if self._rest:
-            return f"{self._rest}[{index - len(self._names)}]"
-        return f"args[{index}]"
-
-    def path(self, keys: tuple) -> str:
-        """The name of a leaf of `(args, kwargs)`."""
-        which, first, *inner = keys
-        name = self.positional(first.idx) if which.idx == 0 else str(first.key)
-        return name + jtu.keystr(tuple(inner))
-
+from .._trace.names import Parameters
 
 _LIMIT = 20_000
 """Objects looked at in search of a name: beyond it things stay without one."""

@@ -15,10 +15,10 @@ from .._call.calls import Calls, Observer
 from .._call.compiled import Trace
 from .._call.site import Site
 from .._state.cell import Cell, Value
+from .._trace.names import Parameters
 from ._causes import Cause, Kind, Present, leaves_with_path
 from ._history import KEPT, Ghost, Retrace, Silent, history_of
 from ._limits import check_limits
-from ._names import Parameters
 
 logger = logging.getLogger("statefun")
 

@@ -14,6 +14,7 @@ from .._state import access
 from .._state.cell import Cell, Value, Values
 from .._state.static import static_key, treedef_key
 from .._state.structure import ARRAY, LEAF, Structure, leaves_of
+from .._trace.names import named
 from .._trace.program import Program
 from .._trace.result import OutTree, Reference
 from ._carry import as_arrays
@@ -28,7 +29,11 @@ class _Branches:
         self._branches = branches
         self.operands, build = split_arrays(operands)
         self.programs = [
-            trace_body(lambda *x, b=b: as_arrays(b(*build(x))), self.operands)
+            trace_body(
+                lambda *x, b=b: as_arrays(b(*build(x))),
+                self.operands,
+                named(b, operands),
+            )
             for b in branches
         ]
         note_checks(*self.programs)

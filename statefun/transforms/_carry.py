@@ -15,6 +15,7 @@ from jax import lax
 from .._state import access
 from .._state.cell import Values
 from .._state.static import static_key, treedef_key
+from .._trace.names import Named
 from .._trace.program import Program
 from ._twin import (
     jax_arrays,
@@ -101,13 +102,19 @@ def _difference(a: Any, b: Any) -> str:
 
 
 def trace_loop(
-    name: str, carry: Carry, run: Callable[..., Any], rest: Sequence[Any]
+    name: str,
+    carry: Carry,
+    run: Callable[..., Any],
+    rest: Sequence[Any],
+    named: Named,
 ) -> Program:
     """Traces a loop body `run(carry_arrays, *rest) -> (carry_arrays, anything)`."""
     n = len(carry.arrays)
     for attempt in (1, 2):
         program = trace_body(
-            lambda *leaves: run(list(leaves[:n]), *leaves[n:]), [*carry.arrays, *rest]
+            lambda *leaves: run(list(leaves[:n]), *leaves[n:]),
+            [*carry.arrays, *rest],
+            named,
         )
         given, returned = program.in_avals[:n], program.out_avals[:n]
         if attempt == 2 or not carry.promote(given, returned):
@@ -135,10 +142,15 @@ class Loop:
     """A loop body as a program, and the States that it touches."""
 
     def __init__(
-        self, name: str, carry: Carry, run: Callable[..., Any], rest: Sequence[Any]
+        self,
+        name: str,
+        carry: Carry,
+        run: Callable[..., Any],
+        rest: Sequence[Any],
+        named: Named,
     ):
         self.carry = carry
-        self.program = trace_loop(name, carry, run, rest)
+        self.program = trace_loop(name, carry, run, rest, named)
         self.values = values_of({**self.program.reads, **self.program.writes})
         unchanged_types(name, self.program, self.values)
         note_checks(self.program)

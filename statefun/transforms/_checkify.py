@@ -9,6 +9,7 @@ import equinox as eqx
 from jax.experimental import checkify as jax_checkify
 
 from .._state import access
+from .._trace.names import named
 from ._twin import Wrapper, split_arrays, trace_body, values_of
 
 
@@ -27,7 +28,7 @@ class _Checkified(Wrapper):
             args, kwargs = build(leaves)
             return self._fun(*args, **kwargs)
 
-        program = trace_body(run, arrays)
+        program = trace_body(run, arrays, named(self._fun, args, kwargs))
         error, (leaves, new) = jax_checkify.checkify(program.__call__, self._errors)(
             arrays, values_of(program.reads), list(program.consts)
         )

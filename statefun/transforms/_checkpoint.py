@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 
 from .._state import access
+from .._trace.names import named
 from ._twin import (
     Wrapper,
     note_checks,
@@ -35,7 +36,7 @@ class _Checkpoint(Wrapper):
             args, kwargs = build(leaves)
             return self._fun(*args, **kwargs)
 
-        program = trace_body(run, arrays)
+        program = trace_body(run, arrays, named(self._fun, args, kwargs))
         note_checks(program)
         values = values_of(program.reads)
         pure = jax.checkpoint(

@@ -16,6 +16,7 @@ from .._errors import StateTraceError, StateTypeError, message
 from .._state import access
 from .._state.cell import Cell
 from .._state.state import State
+from .._trace.names import Named, Parameters, named
 from .._trace.result import pack, unpack
 from ._carry import Carry, Loop, as_arrays, element
 from ._eager import answering_for, compiled_when_eager
@@ -49,7 +50,8 @@ def _scan(
         out, y = as_arrays(f(carry.build(carry_arrays), build_x(x)))
         return carry.check(out), y
 
-    loop = Loop("scan", carry, run, [element(x) for x in x_arrays])
+    elements = [element(x) for x in x_arrays]
+    loop = Loop("scan", carry, run, elements, named(f, (init, xs)))
     steps = x_arrays[0].shape[0] if x_arrays else length
     body, x_arrays = with_progress(progress, steps or 0, loop.step, x_arrays, reverse)
     final, ys = lax.scan(
@@ -184,7 +186,12 @@ def _map(
     f: Callable[[Any], Any], xs: Any, batch_size: int | None, progress: bool | str
 ) -> Any:
     if batch_size is None:
-        return scan(lambda _, x: ((), f(x)), (), xs, progress=progress)[1]
+
+        def body(_: Any, x: Any) -> Any:
+            return (), f(x)
+
+        Named(f, ["_", Parameters(f).positional(0)]).lend_to(body)
+        return scan(body, (), xs, progress=progress)[1]
     if batch_size < 1:
         raise ValueError(f"batch_size has to be positive, but is {batch_size}.")
     arrays, build = split_arrays(xs)
@@ -230,7 +237,10 @@ def _fori_loop(
     def run(arrays: list, i: Any) -> Any:
         return carry.check(as_arrays(body_fun(i, carry.build(arrays)))), None
 
-    loop = Loop("fori_loop", carry, run, [_index_type(lower, upper)])
+    index = _index_type(lower, upper)
+    (first, *others) = named(body_fun, (jnp.zeros(()), init_val)).labels
+    names = Named(body_fun, [*others, first])  # `run` takes the index last
+    loop = Loop("fori_loop", carry, run, [index], names)
     if progress is False:
         final = lax.fori_loop(
             lower, upper, lambda i, at: loop.step(at, [i])[0], loop.init, unroll=unroll
@@ -313,9 +323,11 @@ def _while_loop(cond_fun: Callable, body_fun: Callable, init_val: Any) -> Any:
     def run(arrays: list) -> Any:
         return carry.check(as_arrays(body_fun(carry.build(arrays)))), None
 
-    loop = Loop("while_loop", carry, run, [])
+    loop = Loop("while_loop", carry, run, [], named(body_fun, (init_val,)))
     condition = trace_body(
-        lambda *arrays: as_arrays(cond_fun(carry.build(arrays))), carry.arrays
+        lambda *arrays: as_arrays(cond_fun(carry.build(arrays))),
+        carry.arrays,
+        named(cond_fun, (init_val,)),
     )
     if condition.writes:
         raise only_reads("condition of `while_loop`", next(iter(condition.writes)))

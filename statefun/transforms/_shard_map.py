@@ -18,6 +18,7 @@ from .._errors import StateTraceError, StateValueError, message
 from .._state import access
 from .._state.cell import Cell, Value, Values
 from .._state.structure import leaves_of
+from .._trace.names import Named, named
 from .._trace.result import unpack
 from ._state_axes import Rule, items_of_states, reachable
 from ._twin import (
@@ -110,6 +111,8 @@ class _ShardMap(Wrapper):
             dynamic, seen["static"] = eqx.partition(out, eqx.is_array)
             return dynamic, groups
 
+        labels = ["states", *named(self._fun, args).labels]
+        Named(self._fun, labels).lend_to(inner)
         options: Any = self._options
         in_specs = self._specs(args)
         if in_specs is not None:

@@ -14,6 +14,7 @@ from .._state import access
 from .._state.cell import Value
 from .._state.static import static_key, treedef_key
 from .._state.structure import flatten
+from .._trace.names import named
 from .._trace.result import unpack
 from ._twin import (
     Wrapper,
@@ -183,7 +184,7 @@ def filter_closure_convert(fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
             args, kwargs = build(leaves)
             return fn(*args, **kwargs)
 
-        program = trace_body(flat, arrays)
+        program = trace_body(flat, arrays, named(fn, args, kwargs))
         consts = list(program.consts)
         return _Converted(program.without_consts(), _layout((args, kwargs)), consts)
 

@@ -34,6 +34,7 @@ from .._state.state import State
 from .._state.structure import flatten, leaves_of
 from .._trace import program as _program
 from .._trace.frame import Overlay, transaction as transaction
+from .._trace.names import Named
 from .._trace.program import Program
 from .._trace.result import pack, refuse_bare_state
 
@@ -235,9 +236,14 @@ def jax_arrays(tree: Any) -> Any:
     return jtu.tree_map(convert, tree)
 
 
-def trace_body(run: Callable[..., Any], dynamic: Sequence[Any]) -> Program:
-    """Traces the body of a transform; `run` takes the arrays one by one."""
-    return _program.trace(run, dynamic)
+def trace_body(
+    run: Callable[..., Any], dynamic: Sequence[Any], named: Named | None = None
+) -> Program:
+    """Traces the body of a transform; `run` takes the arrays one by one.
+
+    `named` is the user's function, and what it calls these arrays: see `names.named`.
+    """
+    return _program.trace(run, dynamic, named=named)
 
 
 def values_of(cells: Iterable[Cell]) -> Values:
