@@ -584,7 +584,7 @@ def test_nothing_else_makes_us_retrace():
         fn(jnp.full(2, i, jnp.float32), holder, 3)
         s.value = jnp.full(2, i, jnp.float32)
         s.value = np.zeros(2, np.float32)
-        holder = Holder(sf.State(jnp.ones(2), name=str(i)))
+        holder = Holder(sf.State(jnp.ones(2)))
     s.value += 1  # a weak type would be another one
     fn(jnp.ones(2), holder, 3)
     assert len(runs) == 1
