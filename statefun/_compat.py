@@ -104,6 +104,7 @@ def makes_jaxpr() -> bool:
 
 
 def close(jaxpr: Any, consts: Sequence[Any]) -> jec.ClosedJaxpr:
+    """The jaxpr with the values of its constants."""
     return jec.ClosedJaxpr(jaxpr, list(consts))
 
 

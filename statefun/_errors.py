@@ -63,6 +63,7 @@ def caller(made: object = None) -> str:
 
 
 def message(what: str, why: str, instead: str) -> str:
+    """The text of an error: what happened, why, and what to write instead."""
     return f"{what}\n\nWhy: {why}\n\nInstead: {instead}"
 
 
@@ -72,6 +73,7 @@ _TWINS = "`sf.filter_jit`, `sf.filter_grad`, `sf.filter_vmap`, `sf.scan`, …"
 
 
 def foreign_read(cell: Cell) -> StateTraceError:
+    """For a read inside a raw transform that keeps what it saw."""
     return StateTraceError(
         message(
             f"{cell.describe()} was read inside a raw JAX transform.",
@@ -85,6 +87,7 @@ def foreign_read(cell: Cell) -> StateTraceError:
 
 
 def foreign_write(cell: Cell) -> StateTraceError:
+    """For a write inside a raw transform, whose value would be a tracer."""
     return StateTraceError(
         message(
             f"{cell.describe()} was written inside a raw JAX transform.",
@@ -98,6 +101,7 @@ def foreign_write(cell: Cell) -> StateTraceError:
 
 
 def foreign_creation(cell: Cell) -> StateTraceError:
+    """For a State that is created with a tracer inside a raw transform."""
     return StateTraceError(
         message(
             f"{cell.describe()} was given a tracer inside a raw JAX transform.",
@@ -110,6 +114,7 @@ def foreign_creation(cell: Cell) -> StateTraceError:
 
 
 def mutated(cell: Cell) -> StateTraceError:
+    """For a value that was changed in place inside a trace."""
     return StateTraceError(
         message(
             f"the value of {cell.describe()} was changed in place inside a trace.",
