@@ -17,10 +17,11 @@ import jax.tree_util as jtu
 
 from .._compat import array_class
 from .._errors import message
+from .._state import access
 from .._state.cell import Cell
 from .._state.state import State
 from .._state.static import TreeDef, is_identity, is_weak, static_key, treedef_key
-from .._state.structure import ARRAY
+from .._state.structure import ARRAY, Structure
 from .._trace.result import refuse_bare_state
 
 
@@ -86,12 +87,20 @@ class Signature:
         "_key",
         "dynamic",
         "leaves",
+        "nested",
         "only_arrays",
         "stand_ins",
         "treedef",
     )
 
-    def __init__(self, leaves: Sequence[Any], treedef: TreeDef, keys: tuple):
+    def __init__(
+        self,
+        leaves: Sequence[Any],
+        treedef: TreeDef,
+        keys: tuple,
+        states: Sequence[State] = (),
+        nested: Nested = (),
+    ):
         self.treedef = treedef
         self.leaves = list(leaves)
         self.stand_ins: list[State] = []
@@ -103,6 +112,7 @@ class Signature:
             (treedef_key(kwargs), keys[n:]),
             sum(i < n for i in self.dynamic),
         )
+        self.nested = nested
         # Whether each argument is an array, given by position.
         self.only_arrays = len(self.dynamic) == len(leaves) == len(args.children())
         made: dict[Cell, State] = {}
@@ -117,12 +127,18 @@ class Signature:
                 self.leaves[i] = made[leaf._cell]
             elif is_weak(keys[i]):
                 self.leaves[i] = Weak(keys[i][1])
+        for owner, form, places in nested:
+            outer = self.stand_ins[owner]._own.path
+            for (at, *_), path in zip(places, form.state_paths(), strict=True):
+                if at == len(self.stand_ins):
+                    stand_in = states[at]._stand_in(f"{outer}.value{path}")
+                    self.stand_ins.append(stand_in)
 
     def key(self, pins: Mapping[int, Cell]) -> tuple[Any, Any, int]:
         """The static parts of the positional and the keyword arguments, and how many of
         the arrays are positional."""
         args, kwargs, n = self._key
-        return ((*args, *pins.items()), kwargs, n)
+        return ((*args, *self.nested, *pins.items()), kwargs, n)
 
     def weak_leaves(self) -> list[Any]:
         """Functions and the like among the arguments: a cache must not keep them, nor
@@ -271,10 +287,36 @@ def split(args: tuple, kwargs: dict) -> tuple[list, tuple, list[State], Any, Any
             if is_identity(key):
                 raise _unhashable(leaves, treedef, i)
             keys.append(key)
-    key = treedef_key(treedef), tuple(keys)
+    found = list(states.values())
+    key = treedef_key(treedef), tuple(keys), with_nested(found)
     # A tuple, like the positional arguments that the fast path passes on as they are:
     # another container would be another key for JAX.
-    return leaves, tuple(dynamic), list(states.values()), treedef, key
+    return leaves, tuple(dynamic), found, treedef, key
+
+
+Nested = tuple[tuple[int, Structure, tuple], ...]
+"""For the States of the arguments that hold others: their position, the form of their
+value, and position, kind and attributes of each State in it."""
+
+
+def with_nested(states: list[State]) -> Nested:
+    """Adds the States that are in the values of States, so that they are States of the
+    arguments, too: a program serves every network in a Param, whichever its States."""
+    found = []
+    positions: dict[Cell, int] = {}
+    for i, state in enumerate(states):  # it grows meanwhile
+        structure = access.structure_of(state._cell)
+        if structure is None or not structure.states:
+            continue
+        positions = positions or {s._cell: i for i, s in enumerate(states)}
+        places = []
+        for inner in structure.states:
+            at = positions.setdefault(inner._cell, len(states))
+            if at == len(states):
+                states.append(inner)
+            places.append((at, type(inner), inner._static_key()))
+        found.append((i, structure.form, tuple(places)))
+    return tuple(found)
 
 
 def check_arguments(args: tuple, kwargs: Mapping[str, Any]) -> None:

@@ -108,7 +108,7 @@ class Calls:
         site = self.sites.get(key)
         if site is None:
             _args.check_arguments(args, kwargs)
-            signature = _args.Signature(leaves, treedef, key[1])
+            signature = _args.Signature(leaves, treedef, key[1], states, key[2])
             site = self.sites.setdefault(key, Site(self, key, signature))
         if states and site.closure:
             # Stand-ins would make two of a State that the function reaches by a name.
@@ -147,8 +147,8 @@ class Calls:
             if not site.traces:
                 site.find(dynamic, states)
             values = [access.read(c) for c in site.cells_of(site.inputs, states)]
-            structures = tuple(site.translate(value)[1] for value in values)
-            compiled = site.compiled(structures)
+            values = site.to_stand_ins(site.inputs, values, states)
+            compiled = site.compiled(tuple(structure for _, structure in values))
             arguments = compiled.arguments(dynamic, [flat for flat, _ in values])
             return site, compiled, compiled.jit.trace(*arguments)
 
@@ -214,11 +214,13 @@ class Calls:
             # On its first call the function is traced here and not inside `jax.jit`,
             # where what it needs would be found out too late.
             site.find(dynamic, states)
-        cells = site.cells_of(fixed.cells if fixed else site.inputs, states)
+        inputs = fixed.cells if fixed else tuple(site.inputs)
+        cells = site.cells_of(inputs, states)
         donated = fixed.donated if fixed else site.donated
         with turn([cells[i] for i in donated]):
             _, values = snapshot(cells)
-            structures = tuple(site.translate(value)[1] for value in values)
+            values = site.to_stand_ins(inputs, values, states)
+            structures = tuple(structure for _, structure in values)
             if fixed is None:
                 compiled = site.compiled(structures)
                 if compiled.donated != donated:  # JAX's configuration has changed
@@ -255,7 +257,7 @@ class Calls:
     ) -> None:
         trace, _, written = compiled.take_apart(results[0])
         targets = site.cells_of(compiled.written_cells(trace), states)
-        writes = dict(zip(targets, written, strict=True))
+        writes = site.from_stand_ins(targets, written, states)
         # A program with effects must not run twice: for it, the last writer wins.
         compare = not (trace.effects or compiled.donated)
         seen = dict(zip(cells, flats, strict=True)) if compare else {}
@@ -277,8 +279,9 @@ class Calls:
         site.learn(trace)
         program = trace.program
         access.touch(site.cells_of(program.order, states))
-        reads = map(access.read, site.cells_of(program.reads, states))
-        values = dict(zip(program.reads, map(site.translate, reads), strict=True))
+        reads = [access.read(c) for c in site.cells_of(program.reads, states)]
+        reads = site.to_stand_ins(program.reads, reads, states)
+        values = dict(zip(program.reads, reads, strict=True))
         if program.closed_over_tracers:  # it goes with the trace around
             leaves, new = program(dynamic, values)
             written = list(new.values())
@@ -286,7 +289,7 @@ class Calls:
                 leaves = constrain(leaves, program.out, self.options.out_shardings)
         else:
             compiled = site.compiled_in_trace(trace)
-            flats = [flat for flat, _ in values.values()]
+            flats = [flat for flat, _ in reads]
             # Plain `jax.jit`: the outermost call looks after runtime checks.
             out = compiled.jit(*compiled.arguments(dynamic, flats))
             trace, leaves, written = compiled.take_apart(out)
@@ -295,7 +298,7 @@ class Calls:
             local.frame.checks |= trace.may_fail
         elif targets:
             raise foreign_write(targets[0])
-        access.write(dict(zip(targets, written, strict=True)))
+        access.write(site.from_stand_ins(targets, written, states))
         self._used(site, trace)
         return trace, leaves, states
 

@@ -66,6 +66,7 @@ class Site:
         # Reached otherwise than by an argument, each with a weak reference that takes
         # this site away when the State is gone.
         self.closure: dict[Cell, Any] = {}
+        self._seen: dict[tuple, Structure] = {}  # see `to_stand_ins`
         self._variants: dict[tuple, Compiled] = {}
         self._in_trace: dict[Trace, Compiled] = {}
         self._evicted = 0
@@ -88,16 +89,57 @@ class Site:
 
     def inside(self, states: Sequence[State]) -> dict[Cell, Value]:
         """What the stand-ins hold in a call with these States."""
-        return {
-            stand_in: self.translate(access.current(state._cell))
-            for stand_in, state in zip(self.arg_cells, states, strict=True)
-        }
+        values = [access.current(state._cell) for state in states]
+        values = self.to_stand_ins(self.arg_cells, values, states)
+        return dict(zip(self.arg_cells, values, strict=True))
 
-    def translate(self, value: Value) -> Value:
-        """A value of a State of the arguments, as the traced function sees it: States
-        inside of it are States of the arguments, too, and so stand-ins."""
-        flat, structure = value
-        return flat, structure
+    def to_stand_ins(
+        self, cells: Iterable[Cell], values: Sequence[Value], states: Sequence[State]
+    ) -> list[Value]:
+        """Values of `cells`, as the traced function sees them: States in the value of a
+        State of the arguments are of the arguments, too, and so stand-ins.
+
+        **Raises:** `Restart` if another thread has put other States there meanwhile.
+        """
+        if not self.signature.nested:
+            return list(values)
+        index = {state._cell: i for i, state in enumerate(states)}
+
+        def seen(structure: Structure) -> Structure:
+            places = tuple(index.get(x._cell, -1) for x in structure.states)
+            if -1 in places:
+                raise Restart
+            key = structure.form, places
+            if key not in self._seen:
+                stand_ins = [self.signature.stand_ins[i] for i in places]
+                self._seen[key] = structure.around(stand_ins)
+            return self._seen[key]
+
+        return [
+            (flat, seen(s)) if cell in self.arg_cells and s and s.states else (flat, s)
+            for cell, (flat, s) in zip(cells, values, strict=True)
+        ]
+
+    def from_stand_ins(
+        self, cells: Sequence[Cell], values: Sequence[Value], states: Sequence[State]
+    ) -> dict[Cell, Value]:
+        """What a program has written to `cells`, with the States of this call in it."""
+
+        def back(cell: Cell, structure: Structure) -> Structure:
+            real = [
+                states[self.arg_cells[x._cell]] if x._cell in self.arg_cells else x
+                for x in structure.states
+            ]
+            present = access.structure_of(cell)
+            if present is not None and present.form is structure.form:
+                if all(x is y for x, y in zip(present.states, real, strict=True)):
+                    return present  # not even looked up
+            return structure.around(real)
+
+        return {
+            cell: (flat, back(cell, s) if s.states and self.arg_cells else s)
+            for cell, (flat, s) in zip(cells, values, strict=True)
+        }
 
     # -- tracing --
 

@@ -91,6 +91,11 @@ def current(cell: Cell, frame: Frame | None = _INNERMOST) -> Value:
     return exclusive(lambda: (cell.flat, cell.structure))  # of one commit
 
 
+def structure_of(cell: Cell) -> Structure | None:
+    """How its value is put together there; None as long as it has none."""
+    return cell.structure if local.frame is None else current(cell)[1]
+
+
 def has_value(cell: Cell) -> bool:
     """False for a State that was created inside a trace and has outlived it."""
     return current(cell)[0] is not UNSET

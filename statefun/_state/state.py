@@ -18,12 +18,12 @@ from . import access
 from .cell import UNSET, Cell, Value
 from .fingerprint import fingerprint
 from .numbers import normalise
-from .structure import Structure, flatten, leaves_of
+from .structure import Holder, Structure, flatten, leaves_of
 
 T = TypeVar("T")
 
 
-class State(Generic[T]):
+class State(Holder, Generic[T]):
     """A mutable cell that statefun's transforms see.
 
     A State is read and written through `.value`. Inside a statefun transform

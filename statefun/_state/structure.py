@@ -41,10 +41,36 @@ ARRAY = _ArraySlot()
 """Stands for an array among the static leaves of a structure or a cache key."""
 
 
-class Structure:
-    """How a value is put together from its arrays."""
+class Holder:
+    """A leaf of a value that holds a value of its own: a State."""
 
-    __slots__ = ("__weakref__", "key", "mutable", "slots", "statics", "treedef")
+    __slots__ = ()
+
+
+class _Place(int):
+    """Stands for the first, second, … State of a value in the form of its structure."""
+
+
+class Structure:
+    """How a value is put together from its arrays.
+
+    **Attributes:**
+
+    - `states`: the States in the value, each once, in the order of the leaves.
+    - `form`: the structure with numbers in their place: two values that differ only in
+        which States they hold have the same form.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "form",
+        "key",
+        "mutable",
+        "slots",
+        "states",
+        "statics",
+        "treedef",
+    )
 
     def __init__(self, treedef: TreeDef, statics: tuple, key: Any):
         self.treedef = treedef
@@ -52,6 +78,20 @@ class Structure:
         self.slots = tuple(i for i, leaf in enumerate(statics) if leaf is ARRAY)
         self.key = key
         self.mutable = _has_mutable_node(treedef)
+        found = {id(x): x for x in statics if isinstance(x, Holder)}
+        self.states: tuple[Any, ...] = tuple(found.values())
+        self.form = self
+        if found:
+            place = {i: _Place(n) for n, i in enumerate(found)}
+            form = tuple(place.get(id(leaf), leaf) for leaf in statics)
+            self.form = _intern(treedef, form)
+
+    def around(self, states: Sequence[Any]) -> Structure:
+        """The same form around other States, as many as there are in `states`."""
+        statics = (
+            states[leaf] if type(leaf) is _Place else leaf for leaf in self.form.statics
+        )
+        return _intern(self.treedef, tuple(statics))
 
     def unflatten(self, flat: Any) -> Any:
         if self is LEAF:
@@ -68,6 +108,15 @@ class Structure:
         tree = self.treedef.unflatten(range(len(self.statics)))
         where = {i: jtu.keystr(path) for path, i in jtu.tree_leaves_with_path(tree)}
         return [where[i] for i in self.slots]
+
+    def state_paths(self) -> list[str]:
+        """The first key path of every State, in the order of `states`."""
+        tree = self.treedef.unflatten(self.form.statics)
+        where: dict[int, str] = {}
+        for path, leaf in jtu.tree_leaves_with_path(tree):
+            if type(leaf) is _Place:
+                where.setdefault(leaf, jtu.keystr(path))
+        return [where[i] for i in sorted(where)]
 
     def __repr__(self) -> str:
         return f"Structure({self.treedef}, {self.statics})"
