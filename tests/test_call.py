@@ -488,3 +488,10 @@ def test_a_function_may_be_cleared_while_it_is_traced():
     for _ in range(2):
         step(ONE)
     assert s.value == 2
+
+
+@pytest.mark.parametrize("wrap", [lambda x: [x], lambda x: {"a": x}, eqx.Partial])
+def test_a_container_of_one_array_is_not_taken_for_the_array(wrap):
+    step = sf.filter_jit(lambda m, x: x + (100 if eqx.is_array(m) else 1))
+    one = jnp.ones(())
+    assert [step(m, one) for m in (wrap(one), one, wrap(one))] == [2, 101, 2]

@@ -114,7 +114,8 @@ class Signature:
         )
         self.nested = nested
         # Whether each argument is an array, given by position.
-        self.only_arrays = len(self.dynamic) == len(leaves) == len(args.children())
+        plain = all(map(jtu.treedef_is_leaf, args.children()))
+        self.only_arrays = plain and len(self.dynamic) == len(leaves) == n
         made: dict[Cell, State] = {}
         paths = jtu.tree_flatten_with_path(treedef.unflatten(leaves))[0]
         for i, leaf in enumerate(leaves):
