@@ -113,6 +113,17 @@ def foreign_creation(cell: Cell) -> StateTraceError:
     )
 
 
+def wrong_type(cell: Cell, error: TypeError) -> StateTypeError:
+    return StateTypeError(
+        message(
+            f"a value of the wrong type was written to {cell.describe()}: {error}.",
+            "a Python number that is written takes the dtype of the array it replaces, "
+            "and must not lose its value by it.",
+            "write an array of the dtype that you want: `jnp.asarray(value)`.",
+        )
+    )
+
+
 def mutated(cell: Cell) -> StateTraceError:
     """For a value that was changed in place inside a trace."""
     return StateTraceError(

@@ -33,6 +33,7 @@ LAYERS = (
     ("_state.static", "_state.numbers"),
     ("_state.fingerprint",),
     ("_state.structure",),
+    ("_state.handed",),
     ("_state.cell",),
     ("_state.access",),
     ("_state.state",),

@@ -4,6 +4,7 @@ import collections
 import copy
 import dataclasses
 import functools
+import gc
 import inspect
 import json
 import operator
@@ -13,6 +14,7 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 from typing import Any, TypeVar
 
 import beartype
@@ -373,12 +375,13 @@ def test_reading_puts_the_value_together_and_does_not_copy_arrays():
     assert state.value["module"].content[0] is module.content[0]
 
 
-def test_what_is_read_outside_of_a_trace_is_a_value_of_its_own():
+def test_a_state_keeps_no_list_that_it_was_given_but_the_one_that_it_gave():
     given_list = [jnp.ones(2)]
     state = sf.State(given_list)
     given_list.append(jnp.ones(3))
-    state.value.append(jnp.ones(4))
     assert len(state.value) == 1
+    state.value.append(jnp.ones(4))
+    assert [len(x) for x in state.value] == [2, 4]
 
 
 def test_states_of_one_structure_share_it():
@@ -1126,6 +1129,217 @@ def test_an_attribute_that_is_set_is_an_error_in_every_twin(run):
     with pytest.raises(sf.StateTraceError, match=r"^the value of State 'stats'"):
         run(lambda: set_field(state.value))
     assert state.value.a.tolist() == [1.0, 1.0]
+
+
+@in_place
+def test_a_change_in_place_outside_of_a_trace_is_kept(value, change):
+    state, late = sf.State(value), sf.State(value)
+    expected = sf.State(value).value
+    change(expected)
+    change(state.value)
+    assert repr(state) == repr(sf.State(expected))
+    held = late.value
+    assert late.value is held
+    change(held)
+    assert sf.State(late.value).__repr__() == repr(sf.State(expected))
+    assert repr(copy.copy(late)) == repr(copy.deepcopy(late)) == repr(late)
+
+
+@pytest.mark.parametrize("donate_states", [False, True])
+def test_a_change_in_place_between_calls_is_seen_by_the_next_call(donate_states):
+    state, calls = sf.State({"n": jnp.array(0), "log": []}), sf.State(jnp.array(0))
+
+    @sf.filter_jit(donate_states=donate_states)
+    def step():
+        calls.value += 1
+        return state.value["n"] + 10 * len(state.value["log"])
+
+    @sf.filter_jit(donate_states=donate_states)
+    def add():
+        state.value = {**state.value, "n": state.value["n"] + 1}
+
+    assert [int(step()) for _ in range(3)] == [0, 0, 0]
+    held = state.value
+    for i in range(1, 4):
+        held["n"] = jnp.array(i)
+        assert step() == i
+    held["log"].append(jnp.array(1.0))
+    assert [int(step()) for _ in range(3)] == [13, 13, 13]
+    held["n"] = jnp.array(5)
+    add()
+    add()
+    assert state.value["n"] == 7 and step() == 17
+    assert state.value is not held  # it was of an older value
+
+
+def test_a_change_in_place_is_seen_by_the_other_twins():
+    state = sf.State({"w": jnp.array(1.0)})
+    state.value["w"] = jnp.array(3.0)
+    grad = sf.filter_grad(lambda x: x * state.value["w"])
+    assert grad(jnp.array(1.0)) == 3.0
+    state.value["w"] = jnp.array(4.0)
+    assert sf.scan(lambda c, _: (c + state.value["w"], None), 0.0, length=2)[0] == 8.0
+
+
+def test_a_number_set_in_place_takes_the_dtype_of_what_it_replaces():
+    state = sf.State({"w": jnp.ones(2), "n": jnp.array(0)}, name="stats")
+    state.value["n"] = 3
+    assert state.value["n"].dtype == jnp.int32 and state.value["n"] == 3
+    held = state.value
+    held["more"] = ([1.0], 2.0)
+    assert state.value["more"][1].dtype == jnp.float32
+    assert state.value is held
+    held["more"][0].append(3.0)
+    assert len(state.value["more"][0]) == 2
+    state.value["n"] = 1.5
+    with pytest.raises(sf.StateTypeError, match="State 'stats'"):
+        _ = state.value
+    assert state.value["n"] == 3
+
+
+def test_a_tracer_set_in_place_in_what_was_taken_out_before_is_an_error():
+    state = sf.State({"n": jnp.array(0.0)}, name="stats")
+    held = state.value
+    sf.filter_jit(lambda x: held.update(n=x))(jnp.array(1.0))
+    with pytest.raises(sf.StateTraceError, match=r"^the value of State 'stats'"):
+        _ = state.value
+    assert state.value["n"] == 0
+
+
+def test_what_was_taken_out_and_is_written_back_goes_on_being_the_value():
+    state = sf.State({"n": jnp.array(0), "log": []})
+    held = state.value
+    held["n"] = 1
+    state.value = held
+    assert state.value is held and held["n"].dtype == jnp.int32
+    held["n"] = 2
+    assert sf.filter_jit(lambda: state.value["n"])() == 2
+    held["log"].append(3)
+    state.value = held
+    held["log"].append(4)
+    assert state.value is held and [int(x) for x in held["log"]] == [3, 4]
+
+
+def test_what_was_written_back_in_a_trace_and_is_changed_again_is_an_error():
+    state = sf.State({"n": jnp.array(0)}, name="stats")
+
+    @sf.filter_jit
+    def step():
+        held = state.value
+        held["n"] = 1
+        state.value = held
+        assert state.value is held and isinstance(held["n"], jax.Array)
+        held["n"] = 2
+
+    with pytest.raises(sf.StateTraceError, match=r"^the value of State 'stats'"):
+        step()
+    assert state.value["n"] == 0
+
+
+def test_a_change_in_place_inside_a_raw_transform_is_kept_or_an_error():
+    state = sf.State({"n": jnp.array(0.0)}, name="stats")
+    jax.grad(lambda x: (set_n(state.value, jnp.array(2.0)), x)[1])(1.0)
+    assert state.value["n"] == 2
+    jax.grad(lambda x: (set_n(state.value, x), x)[1])(1.0)
+    with pytest.raises(sf.StateTraceError, match=r"^the value of State 'stats'"):
+        _ = state.value
+    assert state.value["n"] == 2
+
+
+def set_n(value, n):
+    value["n"] = n
+
+
+def test_a_change_in_place_is_seen_wherever_states_are_looked_at():
+    def changed():
+        state = sf.State({"n": jnp.array(0)})
+        state.value["n"] = jnp.array(1)
+        return state
+
+    read = sf.filter_jit(lambda tree: tree["s"][0].value["n"])
+    module = Holder([changed()])
+    assert sf.filter_jit(lambda m: m.content[0].value["n"])(module) == 1
+    del read
+    for look in (
+        lambda s: sf.freeze(s)["n"],
+        lambda s: sf.values([s])[0]["n"],
+        lambda s: sf.clone([s])[0].value["n"],
+        lambda s: copy.copy(s).value["n"],
+        lambda s: copy.deepcopy(s).value["n"],
+        lambda s: pickle.loads(pickle.dumps(s)).value["n"],
+        lambda s: sf.filter_vmap(lambda x: s.value["n"])(jnp.ones(2))[0],
+        lambda s: sf.filter_jit(lambda: s.value["n"]).lower().compile()(),
+    ):
+        assert look(changed()) == 1
+
+
+def test_frozen_values_are_no_part_of_the_state():
+    state = sf.State({"n": jnp.array(0)})
+    sf.freeze(state)["n"] = jnp.array(1)
+    sf.values([state])[0]["n"] = jnp.array(1)
+    assert state.value["n"] == 0
+
+
+def test_a_hot_call_stays_hot_while_a_value_is_held():
+    state, runs = sf.State({"n": jnp.array(0), "log": []}), []
+    step = sf.filter_jit(lambda: runs.append(1) or state.value["n"])
+    held = state.value
+    step()
+    calls = step._calls
+    run, calls.run = calls.run, None  # only a hot call does without
+    assert step() == 0 and held["n"] == 0
+    calls.run = run
+    held["n"] = jnp.array(1)
+    assert step() == 1 and len(runs) == 1
+
+
+def test_what_was_taken_out_is_let_go_of_when_the_state_is_written():
+    state = sf.State({"n": jnp.array(0)})
+    array = weakref.ref(state.value["n"])
+    state.value = {"n": jnp.array(1)}
+    assert array() is None
+    step = sf.filter_jit(lambda: setattr(state, "value", {"n": state.value["n"] + 1}))
+    step()
+    array = weakref.ref(state.value["n"])
+    step()
+    step()
+    assert array() is None
+
+
+def test_values_that_cannot_be_changed_are_not_kept():
+    state = sf.State((jnp.ones(2), Holder(jnp.ones(2))))
+    assert state.value is not state.value
+    assert state._cell.handed is None
+
+
+def test_what_was_taken_out_is_let_go_of_with_the_state():
+    state = sf.State({"n": jnp.array(0)})
+    cell = weakref.ref(state._cell)
+    held = state.value
+    del state
+    gc.collect()
+    assert cell() is None and held["n"] == 0
+
+
+def test_keys_that_cannot_be_sorted_are_refused_once():
+    state = sf.State({"n": jnp.array(0)})
+    state.value[1] = jnp.array(1)
+    with pytest.raises(ValueError):
+        _ = state.value
+    assert list(state.value) == ["n"]
+
+
+def test_what_was_taken_out_does_not_keep_donated_arrays():
+    state = sf.State({"n": jnp.zeros(100)})
+
+    @sf.filter_jit(donate_states=True)
+    def add():
+        state.value = {"n": state.value["n"] + 1}
+
+    add()
+    before = state.value["n"].unsafe_buffer_pointer()
+    add()
+    assert state.value["n"].unsafe_buffer_pointer() == before
 
 
 @jax.tree_util.register_pytree_node_class

@@ -9,7 +9,7 @@ from .. import _compat
 from .._compat import TOP_LEVEL, array_class, find_top_trace
 from .._errors import StateTraceError, StateValueError, message
 from .._state.access import local
-from .._state.cell import Cell, Value, commit, lock, recover, shared
+from .._state.cell import Cell, Value, commit, lock, recover, settle, shared
 from .calls import Calls
 from .compiled import Restart, Trace
 
@@ -51,6 +51,12 @@ class Fast:
                 compiled.cells, compiled.structures, strict=True
             ):
                 if cell.structure is not structure:
+                    return calls.run(args, kwargs)
+                if cell.handed is not None:
+                    epoch = -1  # somebody may change it in place, at any time
+            if epoch < 0:
+                settle(compiled.cells)
+                if shared.version != version:
                     return calls.run(args, kwargs)
             compiled.epoch = epoch
         try:

@@ -13,7 +13,20 @@ from typing import TYPE_CHECKING, Any
 from .. import _compat
 from .._compat import Tracer
 from .._errors import foreign_creation, foreign_read, foreign_write
-from .cell import UNSET, Cell, Value, commit, committed, exclusive, shared
+from .cell import (
+    UNSET,
+    Cell,
+    Value,
+    commit,
+    committed,
+    exclusive,
+    hand_out,
+    keep_handing_out,
+    settle,
+    shared,
+)
+from .handed import Handed
+from .numbers import normalise_in_place
 from .structure import Structure, leaves_of
 
 if TYPE_CHECKING:
@@ -28,9 +41,20 @@ local = _Local()
 
 
 def value_of(cell: Cell) -> Any:
+    """A value that nobody else has, outside of frames."""
     if local.frame is not None:
         return local.frame.value(cell)
     flat, structure = read(cell)
+    return structure.unflatten(flat)
+
+
+def given_out(cell: Cell) -> Any:
+    """The value for a user, who may change it in place."""
+    if local.frame is not None:
+        return local.frame.value(cell)
+    flat, structure = read(cell)
+    if structure.mutable_nodes is not None:
+        return hand_out(cell, flat, structure)
     return structure.unflatten(flat)
 
 
@@ -84,6 +108,8 @@ def current(cell: Cell, frame: Frame | None = _INNERMOST) -> Value:
         if found is not None:
             return found
         frame = frame.parent
+    if cell.handed is not None:
+        settle((cell,))
     # Without waiting for a donating call: a State that it has keeps its structure.
     version, flat, structure = shared.version, cell.flat, cell.structure
     if version == shared.version and not version & 1:
@@ -140,6 +166,22 @@ def write(writes: Mapping[Cell, Value]) -> None:
     if writes and not _compat.at_top_level():
         raise foreign_write(next(iter(writes)))
     commit(writes, {})
+
+
+def handed(cell: Cell) -> Handed | None:
+    """What was given out here as the State's value."""
+    return cell.handed if local.frame is None else local.frame.handed.get(cell)
+
+
+def write_back(cell: Cell, given: Handed, normal: Any, new: Value) -> None:
+    """Writes what was given out, which goes on being the State's value."""
+    normalise_in_place(given.value, normal)
+    if local.frame is None:
+        keep_handing_out(cell, given, new, lambda: write({cell: new}))
+        return
+    write({cell: new})
+    given.renew(*new)
+    local.frame.handed[cell] = given
 
 
 def create(cell: Cell, flat: Any, structure: Structure) -> None:

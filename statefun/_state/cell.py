@@ -14,8 +14,11 @@ from typing import Any, TypeVar
 
 import jax.tree_util as jtu
 
-from .._errors import StateTraceError, message
-from .structure import Structure
+from .._compat import Tracer, eval_context
+from .._errors import StateTraceError, message, mutated, wrong_type
+from .handed import Handed
+from .numbers import normalise, normalise_in_place
+from .structure import Structure, flatten
 
 UNSET: Any = type("Unset", (), {"__repr__": lambda self: "<no value>"})()
 """The committed value of a State that was created inside a trace, until that ends."""
@@ -27,6 +30,7 @@ class Cell:
     __slots__ = (
         "__weakref__",
         "flat",
+        "handed",
         "handle",
         "kind",
         "name",
@@ -43,6 +47,8 @@ class Cell:
         self.where = where
         self.path: str | None = None
         self.handle: weakref.ref | None = None
+        # The value that `.value` gave out, while it can be changed in place.
+        self.handed: Handed | None = None
 
     def describe(self) -> str:
         name = f" {self.name!r}" if self.name is not None else ""
@@ -101,6 +107,8 @@ def snapshot(cells: Sequence[Cell]) -> tuple[int, list[Value]]:
 
     Waits for a donating call that has one of them.
     """
+    if _given_out:
+        settle(cells)
     version = shared.version
     values = [(cell.flat, cell.structure) for cell in cells]
     if version == shared.version and not (version & 1 or shared.taken):
@@ -111,6 +119,96 @@ def snapshot(cells: Sequence[Cell]) -> tuple[int, list[Value]]:
         return shared.version, [(cell.flat, cell.structure) for cell in cells]
 
     return exclusive(read)
+
+
+# All of `Cell.handed`, so that a call sees at once that there are none.
+_given_out: dict[weakref.ref[Handed], None] = {}
+
+
+def hand_out(cell: Cell, flat: Any, structure: Structure) -> Any:
+    """The committed value, as one object until the State is written.
+
+    A change in place of that object is a change of the State: `settle` takes it up.
+    """
+    new = Handed(flat, structure, structure.unflatten(flat))
+    _given_out[weakref.ref(new, _given_out.pop)] = None
+
+    def hold() -> Handed:
+        known = cell.handed
+        if known is not None and known.is_of(flat):
+            return known
+        if cell.flat is flat:  # else it has been written meanwhile
+            cell.handed = new
+            shared.structures += 1  # hot calls look again, and find it
+        return new
+
+    known = cell.handed
+    return (exclusive(hold) if known is None or not known.is_of(flat) else known).value
+
+
+def settle(cells: Iterable[Cell]) -> None:
+    """Takes up what was changed in place in values that were given out.
+
+    Whoever is about to take what States hold calls this first.
+
+    **Raises:** `StateTraceError` or `StateTypeError` for a State into which something
+    was put that it can't hold: it keeps the value that it had.
+    """
+    for cell in cells:
+        handed = cell.handed
+        if handed is None:
+            continue
+        if not handed.is_of(cell.flat):
+            forget(cell, handed)
+        else:
+            _take_up(cell, handed)
+
+
+def forget(cell: Cell, handed: Handed) -> None:
+    """What was given out is from now on an old value."""
+
+    def let_go() -> None:
+        if cell.handed is handed:
+            cell.handed = None
+
+    exclusive(let_go)
+
+
+def _take_up(cell: Cell, handed: Handed) -> None:
+    flat, structure = cell.flat, handed.structure
+    try:
+        if not handed.changed():
+            return
+        if any(isinstance(x, Tracer) for x in jtu.tree_leaves(handed.value)):
+            raise mutated(cell)
+        with eval_context():
+            try:
+                present = structure.unflatten(flat)
+                normal = normalise(handed.value, lambda: present)
+            except TypeError as error:
+                raise wrong_type(cell, error) from error
+            normalise_in_place(handed.value, normal)
+            value = flatten(normal)
+    except Exception:
+        forget(cell, handed)
+        raise
+    keep_handing_out(cell, handed, value, lambda: commit({cell: value}, {cell: flat}))
+
+
+def keep_handing_out(
+    cell: Cell, handed: Handed, value: Value, write: Callable[[], Any]
+) -> None:
+    """Writes what was given out, and is given out again."""
+    handed.next = value[0]
+    write()
+
+    def hold() -> None:
+        if cell.flat is value[0]:
+            handed.renew(*value)
+            cell.handed = handed
+            shared.structures += 1
+
+    exclusive(hold)
 
 
 def committed(cell: Cell) -> Value:
@@ -134,23 +232,30 @@ def commit(writes: Mapping[Cell, Value], seen: Mapping[Cell, Any]) -> bool:
     An exception that arrives in the middle (a `KeyboardInterrupt` may come between any
     two instructions) leaves either none of the values written or all of them.
     """
-    before = None
+    began: list[Any] = []
     try:
+        # Nothing but calls: Python takes some jumps for being outside of the `try`.
         lock.acquire()
-        if shared.taken:
-            wait_for(writes)
-        for cell in writes:
-            if cell in seen and cell.flat is not seen[cell]:
-                lock.release()
-                return False
-        old = [cell.flat for cell in writes]  # no finalizer runs before all is written
-        before = shared.version
-        _assign(writes, before)
+        done = _write(writes, seen, began)
         lock.release()
-        del old
     except BaseException:
-        recover(writes, before)
+        recover(writes, began[0] if began else None)
         raise
+    return done
+
+
+def _write(
+    writes: Mapping[Cell, Value], seen: Mapping[Cell, Any], began: list[Any]
+) -> bool:
+    if shared.taken:
+        wait_for(writes)
+    for cell in writes:
+        if cell in seen and cell.flat is not seen[cell]:
+            return False
+    old = [(cell.flat, cell.structure, cell.handed) for cell in writes]
+    # Kept until the lock is given back: no finalizer runs before all is written.
+    began += shared.version, old
+    _assign(writes, began[0])
     return True
 
 
@@ -161,6 +266,8 @@ def _assign(writes: Mapping[Cell, Value], before: int) -> None:
         if cell.structure is not structure:
             cell.structure = structure
             shared.structures += 1
+        if cell.handed is not None and not cell.handed.is_of(flat):
+            cell.handed = None
     if not before & 1:
         shared.version = before + 2
 
@@ -212,11 +319,14 @@ def turn(cells: Sequence[Cell]) -> Iterator[None]:
     if not cells:
         yield
         return
+    settle(cells)
     mine: list[Cell] = []
 
     def take() -> None:
         wait_for(cells)
         mine.extend(cell for cell in cells if cell not in shared.taken)
+        for cell in mine:
+            cell.handed = None  # it would keep what is donated from being used again
         shared.taken.update(dict.fromkeys(mine, threading.get_ident()))
         shared.version += 2  # a call that has read their values must look again
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 import jax
@@ -38,12 +39,28 @@ def normalise(value: Any, old: Callable[[], Any] = lambda: None) -> Any:
         if isinstance(present, jax.Array):
             return _number_like(value, present.dtype)
         return jnp.asarray(value)
-    if isinstance(value, np.ndarray | np.number | np.bool_):
+    if isinstance(value, _NUMPY):
         return jnp.asarray(value)
     return value
 
 
+def normalise_in_place(value: Any, normal: Any) -> Any:
+    """Puts what `normalise` has made of a value into the value's own lists and dicts."""
+    kind = type(value)
+    if kind is dict or kind is list:
+        for key in list(value) if kind is dict else range(len(value)):
+            new = normalise_in_place(value[key], normal[key])
+            if new is not value[key]:
+                value[key] = new
+        return value
+    if kind is tuple:
+        items = tuple(map(normalise_in_place, value, normal))
+        return value if all(map(is_, value, items)) else items
+    return normal
+
+
 _PYTHON_NUMBERS = (bool, int, float, complex)
+_NUMPY = (np.ndarray, np.number, np.bool_)
 
 
 def _item(container: Any, kind: type, key: Any) -> Any:

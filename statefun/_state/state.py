@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 
 from .. import _errors
+from .._compat import array_class
 from .._errors import StateTypeError, message
 from . import access
 from .cell import UNSET, Cell, Value
@@ -95,7 +96,7 @@ class State(Holder, Generic[T]):
     _after_lanes: ClassVar[Callable[[Any, Any, int], Any] | None] = None
 
     def __init__(self, value: T, *, name: str | None = None):
-        _refuse_state(value, type(self).__name__)
+        _refuse_state(value, lambda: type(self).__name__)
         flat, structure = flatten(normalise(value))
         self._attach(flat, structure, name, _errors.caller(self))
 
@@ -108,12 +109,15 @@ class State(Holder, Generic[T]):
     @property
     def value(self) -> T:
         """The value, put together from the current arrays."""
-        return access.value_of(self._cell)
+        return access.given_out(self._cell)
 
     @value.setter
     def value(self, value: T) -> None:
         cell = self._cell
-        _refuse_state(value, cell.describe())
+        if type(value) is array_class():  # what most States hold
+            access.write({cell: flatten(value)})
+            return
+        _refuse_state(value, cell.describe)
         access.check_write(cell)
 
         def present() -> Any:
@@ -121,17 +125,15 @@ class State(Holder, Generic[T]):
             return access.value_of(cell) if access.has_value(cell) else None
 
         try:
-            flat, structure = flatten(normalise(value, present))
+            normal = normalise(value, present)
+            new = flatten(normal)
         except TypeError as error:
-            raise StateTypeError(
-                message(
-                    f"a value of the wrong type was written to {cell.describe()}: {error}.",
-                    "a Python number that is written takes the dtype of the array it "
-                    "replaces, and must not lose its value by it.",
-                    "write an array of the dtype that you want: `jnp.asarray(value)`.",
-                )
-            ) from error
-        access.write({cell: (flat, structure)})
+            raise _errors.wrong_type(cell, error) from error
+        handed = access.handed(cell)
+        if handed is not None and handed.value is value:
+            access.write_back(cell, handed, normal, new)
+        else:
+            access.write({cell: new})
 
     @property
     def name(self) -> str | None:
@@ -290,11 +292,11 @@ class Param(State[T]):
     __slots__ = ()
 
 
-def _refuse_state(value: Any, owner: str) -> None:
+def _refuse_state(value: Any, owner: Callable[[], str]) -> None:
     if isinstance(value, State):
         raise StateTypeError(
             message(
-                f"{value._cell.describe()} was given to {owner} as its value.",
+                f"{value._cell.describe()} was given to {owner()} as its value.",
                 "a State whose whole value is another State would have two `.value`s, "
                 "one of them a State.",
                 "pass `state.value`, or keep the State itself.",

@@ -25,7 +25,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jax import lax
 
-from .._compat import Tracer
+from .._compat import Tracer, array_class
 from .._state.static import static_key, treedef_key
 
 TreeDef = Any
@@ -65,7 +65,7 @@ class Structure:
         "__weakref__",
         "form",
         "key",
-        "mutable",
+        "mutable_nodes",
         "slots",
         "states",
         "statics",
@@ -77,7 +77,7 @@ class Structure:
         self.statics = statics  # a leaf each; ARRAY where there is an array
         self.slots = tuple(i for i, leaf in enumerate(statics) if leaf is ARRAY)
         self.key = key
-        self.mutable = _has_mutable_node(treedef)
+        self.mutable_nodes = _mutable_nodes(treedef)
         found = {id(x): x for x in statics if isinstance(x, Holder)}
         self.states: tuple[Any, ...] = tuple(found.values())
         self.form = self
@@ -85,6 +85,11 @@ class Structure:
             place = {i: _Place(n) for n, i in enumerate(found)}
             form = tuple(place.get(id(leaf), leaf) for leaf in statics)
             self.form = _intern(treedef, form)
+
+    @property
+    def mutable(self) -> bool:
+        """Whether a value can be changed in place."""
+        return self.mutable_nodes is not None
 
     def around(self, states: Sequence[Any]) -> Structure:
         """The same form around other States, as many as there are in `states`."""
@@ -122,14 +127,24 @@ class Structure:
         return f"Structure({self.treedef}, {self.statics})"
 
 
-def _has_mutable_node(treedef: TreeDef) -> bool:
+MutableNodes = tuple[type, Any, tuple]
+"""The part of a tree that leads to mutable nodes: the kind of its root, the keys of a
+dict (of other mutable nodes something that is not None), and for each child the same or
+None."""
+
+
+def _mutable_nodes(treedef: TreeDef) -> MutableNodes | None:
     node = treedef.node_data()
     if node is None:
-        return False
-    if not issubclass(node[0], tuple | types.NoneType | eqx.Module | functools.partial):
-        if not _is_frozen(node[0]):
-            return True
-    return any(map(_has_mutable_node, treedef.children()))
+        return None
+    kind, keys = node
+    children = tuple(map(_mutable_nodes, treedef.children()))
+    if kind is dict or kind is list:
+        return kind, keys, children
+    immutable = tuple | types.NoneType | eqx.Module | functools.partial
+    if not (issubclass(kind, immutable) or _is_frozen(kind)):
+        return kind, (), children
+    return None if all(child is None for child in children) else (kind, None, children)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -179,6 +194,8 @@ def flatten(value: Any) -> tuple[Any, Structure]:
 
     The flat form of a single array is the array, of everything else a list of arrays.
     """
+    if type(value) is array_class():  # what most States hold
+        return strengthen(value) if value.weak_type else value, LEAF
     leaves, treedef = jtu.tree_flatten(value)
     flat, statics = [], []
     for leaf in leaves:
@@ -189,19 +206,6 @@ def flatten(value: Any) -> tuple[Any, Structure]:
             statics.append(leaf)
     structure = _intern(treedef, tuple(statics))
     return (flat[0] if structure is LEAF else flat), structure
-
-
-def changed_in_place(value: Any, flat: Any, structure: Structure) -> bool:
-    """Whether a value is no longer what `structure.unflatten(flat)` made it."""
-    leaves, treedef = jtu.tree_flatten(value)
-    if treedef_key(treedef) != treedef_key(structure.treedef):
-        return True
-    before = jtu.tree_leaves(structure.unflatten(flat))
-    if all(x is y for x, y in zip(leaves, before, strict=True)):
-        return False
-    # A node that makes its children anew each time it is flattened says nothing.
-    again = jtu.tree_leaves(value)
-    return all(x is y for x, y in zip(leaves, again, strict=True))
 
 
 def leaves_of(flat: Any, structure: Structure) -> Sequence[Any]:

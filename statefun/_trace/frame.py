@@ -38,7 +38,8 @@ from .._errors import (
 )
 from .._state.access import StandIns, current, local, read_inside_raw_transform
 from .._state.cell import UNSET, Cell, Value, commit, committed
-from .._state.structure import Structure, changed_in_place, flat_of, leaves_of
+from .._state.handed import Handed
+from .._state.structure import Structure, flat_of, leaves_of
 from .stale import forget_inner_traces, state_probe_p, trace_context
 
 # -- primitives ---------------------------------------------------------------------
@@ -89,7 +90,7 @@ class Frame:
         self.checks = False  # a runtime check is in flight, see `_run`
         # States that a transform inside has written, and not handed on yet.
         self.pending: frozenset[Cell] = frozenset()
-        self._handed: dict[Cell, tuple[Any, Structure, Any]] = {}
+        self.handed: dict[Cell, Handed] = {}
 
     def __enter__(self) -> Frame:
         self.parent = local.frame
@@ -107,7 +108,7 @@ class Frame:
                 self._check_mutation()
         finally:
             self.reads, self.writes = {}, {}
-            self._handed.clear()
+            self.handed.clear()
             self._trace = self.parent = self.stand_ins = None
 
     def read(self, cell: Cell) -> Value:
@@ -130,10 +131,11 @@ class Frame:
 
     def value(self, cell: Cell) -> Any:
         flat, structure = self.read(cell)
-        handed = self._handed.get(cell)
-        if handed is None or handed[0] is not flat:
-            handed = self._handed[cell] = flat, structure, structure.unflatten(flat)
-        return handed[2]
+        handed = self.handed.get(cell)
+        if handed is None or handed.flat is not flat:
+            value = structure.unflatten(flat)
+            handed = self.handed[cell] = Handed(flat, structure, value)
+        return handed.value
 
     def is_current(self) -> bool:
         """Whether JAX is in the frame's own trace, not in a raw transform inside."""
@@ -145,7 +147,7 @@ class Frame:
         self._check_pending(cell)
         self.order.setdefault(cell)
         # `d = s.value; d["n"] = 1; s.value = d` is fine: the write says what was meant.
-        self._handed.pop(cell, None)
+        self.handed.pop(cell, None)
         self.writes[cell] = flat, structure
         keeper = self._keeper()
         if keeper is not None and cell in keeper.kept:
@@ -213,10 +215,8 @@ class Frame:
                 state_probe_p.bind(token=keeper.probes)
 
     def _check_mutation(self) -> None:
-        for cell, (flat, structure, value) in self._handed.items():
-            if not structure.mutable:
-                continue
-            if changed_in_place(value, flat, structure):
+        for cell, handed in self.handed.items():
+            if handed.changed():
                 raise mutated(cell)
 
 
