@@ -42,6 +42,7 @@ LAYERS = (
     ("_trace.frame",),
     ("_trace.result",),
     ("_trace.program",),
+    ("_call.modules",),
     ("_call.args", "_call.keys", "_call.locks"),
     ("_call.compiled",),
     ("_call.site",),

@@ -1035,7 +1035,7 @@ def test_errors_name_the_state_its_path_and_where_it_was_created():
 
     net = Net(Module(sf.State(jnp.array(1.0), name="mean")))
     place = rf"{__file__}:\d+"
-    where = rf"State 'mean' at `args\[0\].norm.state` \(created at {place}\)"
+    where = rf"State 'mean' at `net.norm.state` \(created at {place}\)"
 
     @sf.filter_jit
     def raw_grad(net, x):

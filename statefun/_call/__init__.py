@@ -1,5 +1,6 @@
 """What a call of a traced function costs.
 
+- `modules`: how one argument comes apart, and what is remembered about it.
 - `args`: arguments taken apart, and put together around stand-ins.
 - `keys`, `locks`: under what a trace is filed; a lock for tracing.
 - `compiled`: one `jax.jit` for States of given structures.

@@ -15,14 +15,15 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
-from .._compat import array_class
 from .._errors import message
 from .._state import access
 from .._state.cell import Cell
 from .._state.state import State
 from .._state.static import TreeDef, is_identity, is_weak, static_key, treedef_key
 from .._state.structure import ARRAY, Structure
+from .._trace.names import Parameters
 from .._trace.result import refuse_bare_state
+from . import modules
 
 
 class Static:
@@ -98,6 +99,7 @@ class Signature:
         leaves: Sequence[Any],
         treedef: TreeDef,
         keys: tuple,
+        names: Parameters,
         states: Sequence[State] = (),
         nested: Nested = (),
     ):
@@ -123,7 +125,7 @@ class Signature:
                 self.leaves[i] = ARRAY
             elif isinstance(leaf, State):
                 if leaf._cell not in made:
-                    made[leaf._cell] = leaf._stand_in(_argument_path(paths[i][0]))
+                    made[leaf._cell] = leaf._stand_in(names.path(paths[i][0]))
                     self.stand_ins.append(made[leaf._cell])
                 self.leaves[i] = made[leaf._cell]
             elif is_weak(keys[i]):
@@ -209,13 +211,6 @@ def _key(entry: Any) -> Any:
     return entry.idx if hasattr(entry, "idx") else entry.key
 
 
-def _argument_path(path: tuple) -> str:
-    """`self.norm.mean` would be nicer than `args[0].norm.mean`, but names are unknown."""
-    first = path[1]
-    name = f"args[{first.idx}]" if hasattr(first, "idx") else str(first.key)
-    return name + jtu.keystr(path[2:])
-
-
 class StaticArguments:
     """Which arguments are static as a whole, by position and by name.
 
@@ -261,38 +256,43 @@ class StaticArguments:
         }
 
 
-def split(args: tuple, kwargs: dict) -> tuple[list, tuple, list[State], Any, Any]:
-    """Takes arguments apart.
+def split(
+    args: tuple, kwargs: dict, names: Parameters
+) -> tuple[tuple, list[State], Any]:
+    """Takes arguments apart; modules that came before from memory: see `modules`.
 
-    **Returns:** all leaves, the arrays among them, the States (each once), the
-    treedef, and the key: hashable, equal for arguments that differ only in their arrays
-    and in which States they hold. How States are shared is part of the key.
+    **Returns:** the arrays, the States (each once), and the key: hashable, equal for
+    arguments that differ only in their arrays and in which States they hold. How States
+    are shared is part of the key. `flatten` gives what a `Signature` needs beside them.
     """
-    leaves, treedef = jtu.tree_flatten((args, kwargs))
     dynamic: list[Any] = []
-    states: dict[Cell, State] = {}
-    index: dict[Cell, int] = {}
-    keys: list[Any] = []
-    concrete = array_class()
-    for i, leaf in enumerate(leaves):
-        if type(leaf) is concrete or eqx.is_array(leaf):
-            dynamic.append(leaf)
-            keys.append(ARRAY)
-        elif isinstance(leaf, State):
-            cell = leaf._cell
-            states.setdefault(cell, leaf)
-            at = index.setdefault(cell, len(index))
-            keys.append((type(leaf), at, leaf._static_key()))
-        else:
-            key = static_key(leaf)
-            if is_identity(key):
-                raise _unhashable(leaves, treedef, i)
-            keys.append(key)
-    found = list(states.values())
-    key = treedef_key(treedef), tuple(keys), with_nested(found)
+    states: list[State] = []
+    try:
+        key: Any = tuple([modules.take(arg, dynamic, states) for arg in args])
+        if kwargs:
+            by_name = sorted(kwargs)  # JAX's order
+            parts = [modules.take(kwargs[k], dynamic, states) for k in by_name]
+            key = key, tuple(by_name), tuple(parts)
+    except modules.Unhashable:
+        raise _unhashable(args, kwargs, names) from None
+    if len(states) > 1:
+        index: dict[Cell, int] = {}
+        order = [index.setdefault(state._cell, len(index)) for state in states]
+        if len(index) < len(order):  # two arguments share a State
+            key = key, tuple(order)
+            states = [states[order.index(i)] for i in range(len(index))]
+    nested = with_nested(states)
+    if nested:
+        key = key, nested, None, None  # no other key has four parts
     # A tuple, like the positional arguments that the fast path passes on as they are:
     # another container would be another key for JAX.
-    return leaves, tuple(dynamic), found, treedef, key
+    return tuple(dynamic), states, key
+
+
+def flatten(args: tuple, kwargs: dict) -> tuple[list[Any], TreeDef, tuple]:
+    """All leaves of the arguments, how they are put together, and a key for each leaf."""
+    leaves, treedef = jtu.tree_flatten((args, kwargs))
+    return leaves, treedef, modules.leaf_keys(leaves)[0]
 
 
 Nested = tuple[tuple[int, Structure, tuple], ...]
@@ -327,15 +327,19 @@ def check_arguments(args: tuple, kwargs: Mapping[str, Any]) -> None:
         refuse_bare_state(arg, f"passed as argument {name!r}")
 
 
-def _unhashable(leaves: Sequence[Any], treedef: Any, index: int) -> TypeError:
-    paths = jtu.tree_leaves_with_path(treedef.unflatten(range(len(leaves))))
-    leaf = leaves[index]
+def _unhashable(args: tuple, kwargs: dict, names: Parameters) -> TypeError:
+    path, leaf = next(
+        (path, leaf)
+        for path, leaf in jtu.tree_leaves_with_path((args, kwargs))
+        if not (eqx.is_array(leaf) or isinstance(leaf, State))
+        and is_identity(static_key(leaf))
+    )
     return TypeError(
         message(
-            f"the argument `{_argument_path(paths[index][0])}` can't be hashed: it is a "
+            f"the argument `{names.path(path)}` can't be hashed: it is a "
             f"{type(leaf).__name__}.",
-            "everything that is no array is static, and part of the key under which the "
-            "traced function is cached.",
+            "non-array leaves are static, and part of the key under which the traced "
+            "function is cached.",
             "pass an array, or something hashable.",
         )
     )

@@ -31,6 +31,7 @@ from .._state.access import local
 from .._state.cell import Cell, Value, commit, snapshot, turn
 from .._state.state import State
 from .._trace import frame, result
+from .._trace.names import Parameters
 from . import args as _args
 from .compiled import Compiled, Options, Restart, Trace, constrain, present
 from .keys import CacheKey
@@ -88,6 +89,7 @@ class Calls:
         # Of traces that went with a State of theirs: what that State was, by key.
         self.lost: dict[CacheKey, str] = {}
         self._traces: dict[Trace, None] = {}
+        self.names = Parameters(fun)
         self._static = _args.StaticArguments(
             fun, options.static_argnums, options.static_argnames
         )
@@ -98,17 +100,19 @@ class Calls:
         """Equal for calls with the same static part."""
         if self._static:
             args, kwargs = self._static.mark(args, kwargs)
-        return _args.split(args, kwargs)[-1]
+        return _args.split(args, kwargs, self.names)[-1]
 
     def site(self, args: tuple, kwargs: dict) -> tuple[Site, tuple, list[State]]:
         """Where a call belongs, its dynamic leaves, and its States."""
         if self._static:
             args, kwargs = self._static.mark(args, kwargs)
-        leaves, dynamic, states, treedef, key = _args.split(args, kwargs)
+        dynamic, states, key = _args.split(args, kwargs, self.names)
         site = self.sites.get(key)
         if site is None:
             _args.check_arguments(args, kwargs)
-            signature = _args.Signature(leaves, treedef, key[1], states, key[2])
+            parts = _args.flatten(args, kwargs)
+            nested = _args.with_nested(states)
+            signature = _args.Signature(*parts, self.names, states, nested)
             site = self.sites.setdefault(key, Site(self, key, signature))
         if states and site.closure:
             # Stand-ins would make two of a State that the function reaches by a name.

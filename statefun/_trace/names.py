@@ -22,24 +22,26 @@ class Parameters:
     """Names the places in a call's `(args, kwargs)`: `net.norm.mean`."""
 
     def __init__(self, fun: Any):
+        self._fun = fun
+
+    @functools.cached_property
+    def _parameters(self) -> list[inspect.Parameter]:
         try:
-            parameters = list(inspect.signature(fun).parameters.values())
+            return list(inspect.signature(self._fun).parameters.values())
         except (ValueError, TypeError):  # a builtin has no signature
-            parameters = []
-        self._rest = next(
-            (p.name for p in parameters if p.kind is p.VAR_POSITIONAL), ""
-        )
-        self._names = [
-            p.name
-            for p in parameters
-            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
+            return []
 
     def positional(self, index: int) -> str:
-        if index < len(self._names):
-            return self._names[index]
-        if self._rest:
-            return f"{self._rest}[{index - len(self._names)}]"
+        names = [
+            p.name
+            for p in self._parameters
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        if index < len(names):
+            return names[index]
+        for parameter in self._parameters:
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                return f"{parameter.name}[{index - len(names)}]"
         return f"args[{index}]"
 
     def path(self, keys: tuple) -> str:

@@ -1,0 +1,390 @@
+"""How modules come apart, and what is remembered about them."""
+
+import copy
+import gc
+import threading
+import weakref
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import statefun as sf
+from statefun._call import args, modules
+from statefun._trace.names import Parameters
+
+
+class Leaf(eqx.Module):
+    w: Any
+    tag: Any = eqx.field(static=True, default=None)
+
+
+class Two(eqx.Module):
+    a: Any
+    b: Any
+
+
+class Named(NamedTuple):
+    x: Any
+    y: Any
+
+
+@jax.tree_util.register_pytree_node_class
+class Custom:
+    def __init__(self, x):
+        self.x = x
+
+    def tree_flatten(self):
+        return (self.x,), None
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        return cls(*children)
+
+
+@jax.tree_util.register_static
+class Held:
+    def __init__(self, x):
+        self.x = x
+
+
+def ones(n=1):
+    return jnp.ones(n)
+
+
+def split(*arguments, **kwargs):
+    return args.split(arguments, kwargs, Parameters(None))
+
+
+def known(module):
+    """Has `split` remember a module; the key has to be held for it."""
+    keys = [split(module)[-1] for _ in range(3)]
+    return keys[0], modules._entries[id(module)].memory is not None
+
+
+def check(module):
+    """What is remembered is what a module comes apart to now."""
+    dynamic, states, key = split(module)
+    leaves, _, _ = args.flatten((module,), {})
+    assert all(
+        x is y for x, y in zip(dynamic, filter(eqx.is_array, leaves), strict=True)
+    )
+    form, _, held = modules._apart(module)
+    assert key == (form,)
+    assert [id(s) for s in states] == [id(s) for s in held]
+
+
+MUTABLE = {
+    "list": (lambda: Leaf([ones(), ones()]), lambda m: m.w.append(ones())),
+    "item": (lambda: Leaf([ones(), ones()]), lambda m: m.w.__setitem__(0, ones())),
+    "shorter": (lambda: Leaf([ones(), ones()]), lambda m: m.w.pop()),
+    "order": (lambda: Leaf([ones(), ones()]), lambda m: m.w.reverse()),
+    "static item": (lambda: Leaf([1, ones()]), lambda m: m.w.__setitem__(0, True)),
+    "dict": (lambda: Leaf({"k": ones()}), lambda m: m.w.__setitem__("k", ones())),
+    "name": (lambda: Leaf({"k": ones()}), lambda m: m.w.__setitem__("l", m.w.pop("k"))),
+    "name's type": (
+        lambda: Leaf({1: 1.5}),
+        lambda m: m.w.__setitem__(True, m.w.pop(1)),
+    ),
+    "deep": (
+        lambda: Leaf((Two({"k": [ones()]}, 1),)),
+        lambda m: m.w[0].a["k"].__setitem__(0, ones()),
+    ),
+    "tuple": (
+        lambda: Leaf([(ones(), ones())]),
+        lambda m: m.w.__setitem__(0, (ones(), ones())),
+    ),
+    "tuple's kind": (
+        lambda: Leaf([(ones(), ones())]),
+        lambda m: m.w.__setitem__(0, Named(*m.w[0])),
+    ),
+    "list in a list": (lambda: Leaf([[ones()]]), lambda m: m.w[0].append(1)),
+    "list for a list": (
+        lambda: Leaf([[ones()]]),
+        lambda m: m.w.__setitem__(0, [ones()]),
+    ),
+    "module": (
+        lambda: Leaf([Leaf(ones())]),
+        lambda m: m.w.__setitem__(0, Leaf(ones())),
+    ),
+    "State": (
+        lambda: Leaf([sf.State(ones())]),
+        lambda m: m.w.__setitem__(0, sf.State(ones())),
+    ),
+    "in a named tuple": (lambda: Leaf(Named([ones()], 1)), lambda m: m.w.x.append(2)),
+    "list in a named tuple in a list": (
+        lambda: Leaf([Named([ones()], 1)]),
+        lambda m: m.w[0].x.__setitem__(0, ones()),
+    ),
+    "None": (lambda: Leaf([ones(), ones()]), lambda m: m.w.__setitem__(0, None)),
+    "NumPy scalar": (
+        lambda: Leaf([np.float32(1)]),
+        lambda m: m.w.__setitem__(0, np.float32(2)),
+    ),
+    "open copy": (
+        lambda: copy.copy(Leaf(ones(), "tag")),
+        lambda m: setattr(m, "w", ones()),
+    ),
+    "static of an open copy": (
+        lambda: copy.copy(Leaf(ones(), (1,))),
+        lambda m: setattr(m, "tag", (True,)),
+    ),
+    "open inside": (
+        lambda: Two(copy.deepcopy(Leaf(ones())), 1),
+        lambda m: setattr(m.a, "w", ones()),
+    ),
+    "deleted field": (lambda: Leaf([ones()]), lambda m: delattr(m, "w")),
+}
+
+
+@pytest.mark.parametrize("kind", MUTABLE)
+def test_every_change_inside_a_module_is_noticed(kind):
+    make, change = MUTABLE[kind]
+    module = make()
+    key, remembered = known(module)
+    assert remembered
+    check(module)
+    change(module)
+    check(module)
+    later = split(module)[-1], known(module)[0]
+    check(module)
+    assert later[0] == later[1]
+    assert key is not None
+
+
+def test_a_frozen_module_is_taken_apart_twice_and_no_more(monkeypatch):
+    module, counts = Two(Leaf(ones()), (Leaf(ones()), sf.State(ones()))), []
+    apart = modules._apart
+    monkeypatch.setattr(modules, "_apart", lambda *a: [counts.append(1), apart(*a)][1])
+    results = [split(module) for _ in range(5)]
+    assert len(counts) == 2
+    assert all(x[-1] == results[0][-1] for x in results)
+
+
+def test_looking_at_a_module_in_its_init_sets_nothing():
+    module = Two.__new__(Two)
+    module.a = ones()
+    known(module)
+    assert list(vars(module)) == ["a"]
+    module.b = ones()
+    check(module)
+
+
+def test_nothing_is_remembered_of_modules_in_a_trace():
+    module = Leaf(ones())
+
+    def f(x):
+        inner = sf.filter_jit(lambda m: m.w + 1)
+        made = Leaf(x)
+        out = [inner(m) for m in (made, module) for _ in range(3)]
+        assert id(made) not in modules._entries
+        assert id(module) not in modules._entries
+        return out
+
+    with jax.checking_leaks():
+        jax.jit(f)(ones())
+        sf.filter_jit(f)(ones())
+
+
+def test_a_state_with_attributes_that_change_makes_another_key():
+    class Scaled(sf.State):
+        def __init__(self, value, scale):
+            super().__init__(value)
+            self.scale = scale
+
+    module = Leaf(Scaled(ones(), 1))
+    key, remembered = known(module)
+    assert remembered
+    module.w.scale = 2
+    assert split(module)[-1] != key
+    check(module)
+
+
+def test_states_in_named_tuples_are_states_of_the_arguments():
+    fn = sf.filter_jit(lambda t: t.x.value + t.y.w.value)
+    s, t = sf.State(ones()), sf.State(ones())
+    for expected in (2, 3, 4):
+        assert float(fn(Named(s, Leaf(t)))[0]) == expected
+        assert float(fn(Named(s, Leaf(s)))[0]) == 2 * s.value[0]
+        s.value += 1
+
+
+def test_nodes_of_other_kinds_are_taken_apart_each_time():
+    module = Leaf(Custom(ones()))
+    _, remembered = known(module)
+    assert not remembered
+    module.w.x = ones()
+    check(module)
+
+
+class Config:
+    """Equal by value, and mutable: a bad idea, but possible."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __hash__(self):
+        return hash(self.n)
+
+    def __eq__(self, other):
+        return isinstance(other, Config) and self.n == other.n
+
+
+def test_a_module_with_a_static_value_that_may_change_is_not_remembered():
+    assert not known(Leaf(ones(), Config(1)))[1]
+    assert not known(Two(ones(), Config(1)))[1]
+    assert known(Two(ones(), jax.nn.relu))[1]
+
+
+def test_a_module_in_its_init_is_seen_as_it_stands():
+    fn = sf.filter_jit(lambda m: m.a + 1)
+    seen = []
+
+    class Early(eqx.Module):
+        a: jax.Array
+        b: Any = None
+
+        def __init__(self):
+            for i in range(5):
+                self.a = jnp.array(float(i))
+                seen.extend(fn(self) for _ in range(3))
+            self.b = 1
+
+    module = Early()
+    assert [float(x) for x in seen] == [1.0 + i for i in range(5) for _ in range(3)]
+    check(module)
+
+
+def test_numpy_leaves_changed_in_place_are_seen():
+    module, fn = Leaf(np.zeros(2, np.float32)), sf.filter_jit(lambda m: m.w * 2)
+    for i in range(4):
+        module.w[:] = i
+        np.testing.assert_array_equal(fn(module), [2 * i, 2 * i])
+
+
+def test_modules_of_one_structure_have_one_key_and_others_have_others():
+    same = [Two(Leaf(ones(), "t"), [1]), Two(Leaf(ones(3), "t"), [1])]
+    assert split(same[0])[-1] == split(same[1])[-1] == known(same[0])[0]
+    for other in (Two(Leaf(ones(), "u"), [1]), Two(Leaf(ones(), "t"), [True])):
+        assert split(other)[-1] != known(same[0])[0]
+    assert split(1)[-1] != split(True)[-1] != split(1.0)[-1]
+    assert split((ones(),))[-1] != split([ones()])[-1] != split(ones())[-1]
+    assert split({1: ones()})[-1] != split({True: ones()})[-1]
+    assert split(a=ones())[-1] != split(b=ones())[-1] != split(ones())[-1]
+
+
+def test_arrays_come_in_the_order_of_jax():
+    a, b, c, d, e = (ones() for _ in range(5))
+    tree = {"z": a, "b": (Leaf(b), [Named(c, None)])}
+    given = split(tree, y=d, x=Leaf(e))[0]
+    leaves = jax.tree.leaves(((tree,), {"y": d, "x": Leaf(e)}))
+    assert all(x is y for x, y in zip(given, leaves, strict=True))
+
+
+def test_states_shared_between_arguments_are_part_of_the_key():
+    s, t = sf.State(ones()), sf.State(ones())
+    one, two, tied = Leaf(s), Leaf(t), Leaf(s)
+    for _ in range(4):
+        _, states, apart = split(one, two)
+        assert [id(x) for x in states] == [id(s), id(t)]
+        _, states, shared = split(one, tied)
+        assert [id(x) for x in states] == [id(s)]
+        assert apart != shared
+        assert shared == split(two, two)[-1]
+
+
+def test_arrays_of_all_kinds_have_one_key():
+    keys = [split(x)[-1] for x in (ones(), np.ones(1), np.float32(1))]
+    assert keys[0] == keys[1] == keys[2] == jax.jit(lambda x: Held(split(x)[-1]))(1).x
+
+
+def test_a_bound_method_made_anew_is_its_module():
+    class Net(eqx.Module):
+        w: jax.Array
+
+        def method(self):
+            return self.w
+
+    net = Net(ones())
+    assert split(net.method)[-1] == split(net.method)[-1]
+    assert split(net.method)[0][0] is net.w
+    assert float(sf.filter_jit(lambda f: f())(net.method)[0]) == 1
+
+
+def test_nothing_is_kept_alive():
+    module = Two([ones(), Leaf(ones()), (ones(),), sf.State(ones())], Leaf(ones()))
+    key, remembered = known(module)
+    assert remembered
+    items = [module.a[0], module.a[1], module.a[1].w, module.a[2][0], module.a[3]]
+    refs = list(map(weakref.ref, items))
+    del items
+    module.a.clear()
+    assert [ref() for ref in refs] == [None] * len(refs)
+    refs = [weakref.ref(module), weakref.ref(module.b.w)]
+    number = id(module)
+    del module
+    assert [ref() for ref in refs] == [None, None]
+    assert number not in modules._entries
+    assert key is not None
+
+
+def test_what_refers_back_to_a_module_goes_with_it():
+    class Loop(eqx.Module):
+        items: list
+        state: sf.State
+        call: Any
+
+        def __init__(self):
+            self.call = lambda: self
+            self.items = [lambda: self, ones()]
+            self.state = sf.State(ones())
+
+    module = Loop()
+    assert known(module)[1]
+    ref = weakref.ref(module)
+    del module
+    gc.collect()
+    assert ref() is None
+
+
+def test_a_form_goes_with_the_last_key_of_it():
+    module = Leaf(ones(), "only here")
+    key, _ = known(module)
+    form = weakref.ref(key[0])
+    del key
+    gc.collect()
+    assert form() is None
+    check(module)
+
+
+def test_threads_see_what_they_pass():
+    fn = sf.filter_jit(lambda m: m.a[0].w + m.b)
+    errors = []
+
+    def work(i):
+        module = Two([Leaf(jnp.array(float(i)))], jnp.array(float(i)))
+        for k in range(50):
+            module.a[0] = Leaf(jnp.array(float(k)))
+            if float(fn(module)) != i + k:
+                errors.append((i, k))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_errors_name_the_parameter():
+    fn = sf.StatefulFunction(lambda net: 0)
+    with pytest.raises(TypeError, match=r"^the argument `net\.w\[0\]` can't be hashed"):
+        fn(Leaf([bytearray(b"x")]))
+    fn = sf.StatefulFunction(lambda *nets: 0)
+    with pytest.raises(
+        TypeError, match=r"^the argument `nets\[0\]\.w` can't be hashed"
+    ):
+        fn(Leaf(bytearray(b"x")))
