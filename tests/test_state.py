@@ -1482,7 +1482,7 @@ def test_a_state_of_an_argument_is_named_by_its_place_in_the_arguments():
 
         return jax.grad(body)(jnp.ones(()))
 
-    named = r"^State 'count' at `args\[0\]\.count` \(created at .* was written"
+    named = r"^State 'count' at `module\.count` \(created at .* was written"
     with pytest.raises(sf.StateTraceError, match=named):
         step(Counter())
 

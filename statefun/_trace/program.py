@@ -9,6 +9,7 @@ transform can hand to JAX.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,11 +52,11 @@ class Program:
     n_out: int  # arrays of the result
     reached: tuple[Cell, ...] = ()  # of `stand_ins`: those reached in another way
 
-    @property
+    @functools.cached_property
     def jaxpr(self) -> Any:
         return self.closed.jaxpr
 
-    @property
+    @functools.cached_property
     def consts(self) -> Sequence[Any]:
         return self.closed.consts
 
@@ -64,11 +65,11 @@ class Program:
         nothing = [None] * len(self.consts)
         return dataclasses.replace(self, closed=_compat.close(self.jaxpr, nothing))
 
-    @property
+    @functools.cached_property
     def closed_over_tracers(self) -> bool:
         return any(isinstance(c, Tracer) for c in self.consts)
 
-    @property
+    @functools.cached_property
     def may_fail(self) -> bool:
         """Whether running it may raise: a callback may, and `eqx.error_if` is one."""
         return bool(primitives_of(self.jaxpr) & _CALLBACKS)
@@ -88,7 +89,7 @@ class Program:
         reads = [x for cell in self.reads for x in leaves_of(*values[cell])]
         return self.split(_compat.eval_jaxpr(self.jaxpr, consts, *dynamic, *reads))
 
-    @property
+    @functools.cached_property
     def out_avals(self) -> list[Any]:
         return [v.aval for v in self.jaxpr.outvars]
 
