@@ -124,6 +124,20 @@ def wrong_type(cell: Cell, error: TypeError) -> StateTypeError:
     )
 
 
+def left_behind(cell: Cell) -> StateTraceError:
+    """For a State that a traced function made and kept elsewhere than in its result."""
+    return StateTraceError(
+        message(
+            f"{cell.describe()} was created inside a traced function, which left it "
+            "somewhere else than in its result (a list or dict, an attribute, a closure).",
+            "the function is traced once, and the State has a value only while it is: "
+            "what runs from then on neither reads nor writes it.",
+            "create the State outside of the function, or return the `eqx.Module` that "
+            "holds it: every call then returns a new State with its value.",
+        )
+    )
+
+
 def mutated(cell: Cell) -> StateTraceError:
     """For a value that was changed in place inside a trace."""
     return StateTraceError(

@@ -671,18 +671,6 @@ def test_a_new_state_that_a_nested_call_returns_comes_out():
     assert (one.value.value, two.value.value) == (3, 5)
 
 
-def test_a_new_state_that_is_not_returned_has_no_value_afterwards():
-    kept = []
-
-    def make(x):
-        kept.append(sf.State(x, name="lost"))
-        return x
-
-    sf.StatefulFunction(make)(jnp.array(1))
-    with pytest.raises(sf.StateTraceError, match=r"^State 'lost' .* has no value\."):
-        _ = kept[0].value
-
-
 def test_modules_that_hold_new_and_passed_states_come_out_right():
     def f(module, x):
         return Pair(sf.State(x), module.value), Pair(module.value, module.value)

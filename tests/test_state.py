@@ -727,14 +727,17 @@ def test_the_repr_can_be_taken_inside_a_raw_transform():
 
 
 def lost() -> sf.State:
-    """A State that a traced function made and did not return."""
+    """A State that a traced function made and kept, which was refused."""
     made = []
 
     @sf.filter_jit
     def step(x):
         made.append(sf.State(x, name="lost"))
 
-    step(jnp.ones(2))
+    with pytest.raises(
+        sf.StateTraceError, match=r"^State 'lost' .* was created inside"
+    ):
+        step(jnp.ones(2))
     return made[0]
 
 

@@ -211,6 +211,7 @@ class Site:
             axis_env=calls.options.axis_env,
             stand_ins=stand_ins,
             named=named_at(fun, self.signature.paths()),
+            static=(self.signature.leaves, self.signature.weak_leaves()),
         )
         if calls.options.ir_optimizations:
             closed = optimize_jaxpr(program.closed, calls.options.ir_optimizations)

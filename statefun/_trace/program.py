@@ -23,6 +23,7 @@ from .._state.cell import Cell, Value, Values
 from .._state.structure import Structure, flat_of, leaves_of
 from .._trace.result import OutTree, flatten_out, refuse_bare_state
 from . import frame as _frame, stale
+from .escape import refuse_left_behind
 from .frame import TracedFrame
 from .names import Named
 
@@ -151,6 +152,7 @@ def trace(
     axis_env: Any = None,
     stand_ins: Mapping[Cell, Cell] | None = None,
     named: Named | None = None,
+    static: Sequence[Any] = (),
 ) -> Program:
     """Traces `run(*dynamic)`, once, to a `Program`.
 
@@ -163,8 +165,10 @@ def trace(
     - `axis_env`: as in `jax.make_jaxpr`.
     - `stand_ins`: for States of the arguments, by the States that they stand for.
     - `named`: what JAX's errors shall call the function and its arguments.
+    - `static`: the arguments that are not arrays, where `run` doesn't refer to them.
 
-    **Raises:** `TypeError` if a State is returned bare or in a plain container.
+    **Raises:** `TypeError` if a State is returned bare or in a plain container;
+    `StateTraceError` if the function leaves a State that it made anywhere else.
     """
     seen_as = StandIns(stand_ins) if stand_ins else None
     frame = TracedFrame(known, seen_as)
@@ -189,6 +193,7 @@ def trace(
         named.lend_to(flat)
     with stale.trace_context():
         closed = jax.make_jaxpr(flat, axis_env=axis_env)(*dynamic)
+    refuse_left_behind(frame.created, run, static, found["out"], found["writes"])
     n_reads = sum(len(s.slots) for s in found["reads"].values())
     closed, probes = lift(closed, n_reads)
     # A probe marks each read inside a raw transform. Those that are not at the top level

@@ -224,8 +224,10 @@ class Touched:
 
     def run(self, run: Callable[[], Any], inside: Values) -> tuple[Any, Updates]:
         """Runs the function or a rule: its result, and what the States hold then."""
-        out, written = run_pure(run, inside, view=self._meet, sealed=not self._open)
-        new = written.without(written.created).values
+        out, written = run_pure(
+            run, inside, view=self._meet, sealed=not self._open, ends=True
+        )
+        new = written.values
         late = [c for c in new if c not in self._written]
         if late and not self._open:
             raise too_late(self._name, late[0], "wrote")

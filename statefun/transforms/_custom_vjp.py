@@ -154,7 +154,7 @@ def _backward_with(name: str, saved: Values, run: Callable[[], Any]) -> Any:
     def unknown(cell: Cell, _: Value) -> Value:
         raise too_late(name, cell, "read")
 
-    out, written = run_pure(run, saved, view=unknown, sealed=True)
-    for cell in written.without(written.created).values:
+    out, written = run_pure(run, saved, view=unknown, sealed=True, ends=True)
+    for cell in written.values:
         raise too_late(name, cell, "wrote")
     return out

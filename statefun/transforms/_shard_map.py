@@ -95,10 +95,9 @@ class _ShardMap(Wrapper):
             return lanes.view(cell, value)
 
         def inner(pieces: Values, *arrays: Any) -> Any:
-            out, written = run_pure(
-                lambda: self._fun(*build(arrays)), pieces, keeps=True, view=view
-            )
-            written, seen["advanced"] = lanes.take_out(written.without(written.created))
+            run = lambda: self._fun(*build(arrays))  # noqa: E731
+            out, written = run_pure(run, pieces, keeps=True, view=view, ends=True)
+            written, seen["advanced"] = lanes.take_out(written)
             groups = [Values() for _ in specs]
             for cell, value in written.values.items():
                 spec = rule(cell)

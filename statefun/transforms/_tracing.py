@@ -52,7 +52,7 @@ def filter_eval_shape(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 
     def inner(*args: Any, **kwargs: Any) -> Any:
         run = lambda: fun(*args, **kwargs)  # noqa: E731
-        return run_pure(run, keeps=True, view=_materialise)[0]
+        return run_pure(run, keeps=True, view=_materialise, ends=True)[0]
 
     return transaction(lambda: unpack(eqx.filter_eval_shape(inner, *args, **kwargs)))
 
@@ -83,7 +83,8 @@ class _MakeJaxpr(Wrapper):
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         def inner(*args: Any, **kwargs: Any) -> Any:
-            return run_pure(lambda: self._fun(*args, **kwargs), keeps=True)[0]
+            run = lambda: self._fun(*args, **kwargs)  # noqa: E731
+            return run_pure(run, keeps=True, ends=True)[0]
 
         return transaction(lambda: eqx.filter_make_jaxpr(inner)(*args, **kwargs))
 

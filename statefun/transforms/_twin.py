@@ -33,6 +33,7 @@ from .._state.cell import Cell, Value, Values
 from .._state.state import State
 from .._state.structure import flatten, leaves_of
 from .._trace import program as _program
+from .._trace.escape import refuse_left_behind
 from .._trace.frame import Overlay, transaction as transaction
 from .._trace.names import Named
 from .._trace.program import Program
@@ -77,6 +78,7 @@ def run_pure(
     view: Callable[[Cell, Value], Value] | None = None,
     sealed: bool = False,
     backward: bool = False,
+    ends: bool = False,
 ) -> tuple[Any, Updates]:
     """Runs a function inside a JAX transform.
 
@@ -86,6 +88,8 @@ def run_pure(
     - `inside`: what States hold in there, where it differs from outside.
     - `keeps`, `view`, `sealed`: see `frame.Overlay`.
     - `backward`: whether a backward pass follows before what was written is handed on.
+    - `ends`: whether the values of the States that the function makes end with the
+        transform. Then they are not among what was written.
 
     **Returns:** the result, its new States packed, and what was written.
     """
@@ -94,6 +98,9 @@ def run_pure(
         refuse_bare_state(out, "returned")
         out = pack(out, frame.created)
         written = Updates(Values(frame.writes), frozenset(frame.created), frame.checks)
+    if ends:
+        written = written.without(written.created)
+        refuse_left_behind(frame.created, run, written.values)
     if backward:
         hold(written.values)
     return out, written

@@ -79,10 +79,11 @@ class _Vmap(Wrapper):
         def inner(marker: Any, args: tuple, kwargs: dict) -> Any:
             inside.append(marker)
             try:
-                out, written = run_pure(lambda: self._fun(*args, **kwargs), view=lane)
+                run = lambda: self._fun(*args, **kwargs)  # noqa: E731
+                out, written = run_pure(run, view=lane, ends=True)
             finally:
                 inside.clear()  # a tracer must not outlive its trace
-            written, advanced = lanes.take_out(written.without(written.created))
+            written, advanced = lanes.take_out(written)
             axes = [check(cell, access.current(cell)) for cell in written.values]
             _check_shared(written.values, axes, outside)
             seen["advanced"] = advanced
