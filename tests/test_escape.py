@@ -23,7 +23,7 @@ class Object:
 
 
 class Registry:
-    found: list = []
+    found: sf.State | None = None
 
 
 def in_a_dict():
@@ -41,7 +41,7 @@ def in_a_global_list():
 
 
 def in_a_class():
-    return lambda s: Registry.found.append(s)
+    return lambda s: setattr(Registry, "found", s)
 
 
 def in_a_closure():
@@ -143,7 +143,7 @@ IN_PLACE = {
 @pytest.fixture(autouse=True)
 def nothing_kept():
     KEPT.clear()
-    Registry.found.clear()
+    Registry.found = None
 
 
 def left_by(keep, name="lost"):

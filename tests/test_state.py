@@ -1520,6 +1520,96 @@ def test_a_program_is_not_shared_by_states_whose_names_differ():
         assert list(jitted(OneState(sf.State(jnp.array(1), name=name)))) == [name]
 
 
+class Tagged(sf.State):
+    __slots__ = ("tag",)
+
+
+def set_scale(state):
+    state.scale = 7
+
+
+def add_attribute(state):
+    state.more = state.value
+
+
+def delete_attribute(state):
+    del state.scale
+
+
+def change_in_place(state):
+    state.scale.append(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (set_scale, "scale"),
+        (add_attribute, "more"),
+        (delete_attribute, "scale"),
+        (change_in_place, "scale"),
+    ],
+)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda f, m: sf.filter_jit(f)(m),
+        lambda f, m: sf.filter_jit(lambda m: sf.filter_jit(f)(m))(m),
+        lambda f, m: sf.filter_jit(lambda m: sf.filter_grad(lambda x: f(m))(1.0))(m),
+        lambda f, m: sf.StatefulFunction(f).get_states(m),
+    ],
+    ids="jit jit(jit) jit(grad) get_states".split(),
+)
+def test_an_attribute_that_is_changed_inside_a_traced_function_is_refused(
+    call, change, name
+):
+    state = Scaled(jnp.array(1.0), [1], name="a")
+
+    def f(m):
+        m.state.value += 1
+        change(m.state)
+        return m.state.value
+
+    for _ in range(2):
+        with pytest.raises(
+            sf.StateTypeError, match=rf"^the attribute `{name}` of Scaled 'a' at "
+        ):
+            call(f, OneState(state))
+    assert (state.value, vars(state)) == (1.0, {"scale": [1]})
+
+
+def test_an_attribute_that_is_set_before_the_function_raises_is_forgotten():
+    seen = []
+
+    @sf.filter_jit
+    def f(m):
+        seen.append(getattr(m.state, "tag", None))
+        m.state.tag = "changed"
+        raise ZeroDivisionError
+
+    state = Tagged(jnp.array(1.0))
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            f(OneState(state))
+        assert not hasattr(state, "tag")
+    state.tag = "mine"
+    with pytest.raises(ZeroDivisionError):
+        f(OneState(state))
+    assert seen == [None, None, "mine"]
+
+
+def test_an_attribute_that_ends_as_it_was_may_be_set():
+    @sf.filter_jit
+    def f(m):
+        m.state.scale, before = 7, m.state.scale
+        m.state.value *= m.state.scale
+        m.state.scale = before
+
+    state = Scaled(jnp.array(1.0), 3)
+    f(OneState(state))
+    f(OneState(state))
+    assert (state.value, state.scale) == (49.0, 3)
+
+
 class Positive(sf.Param):
     """Holds the logarithm."""
 

@@ -14,7 +14,7 @@ import numpy as np
 from .. import _compat
 from .._state import access
 from .._state.cell import Cell, Value, Values
-from .._state.state import State
+from .._state.state import State, keeping_attributes
 from .._state.structure import Structure, leaves_of
 from .._trace import program as _program
 from .._trace.names import named_at
@@ -197,7 +197,8 @@ class Site:
 
         def run(*leaves: Any) -> Any:
             args, kwargs = self.signature.build(leaves)
-            return fun(*args, **kwargs)
+            with keeping_attributes(self.signature.stand_ins):
+                return fun(*args, **kwargs)
 
         stand_ins = {
             state._cell: cell

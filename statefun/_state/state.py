@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import equinox as eqx
@@ -191,8 +192,7 @@ class State(Holder, Generic[T]):
         """A State of the same kind and name without a value, for a traced function."""
         shell = self._shell()
         # Copies, lest the program change with a list that the user changes in place.
-        own = {k: jax.tree.map(lambda x: x, v) for k, v in shell.attributes.items()}
-        new = dataclasses.replace(shell, attributes=own)._bare()
+        new = dataclasses.replace(shell, attributes=_copied(shell.attributes))._bare()
         new._own = Cell(type(self), self.name, self._own.where)
         new._own.path = path
         new._own.handle = weakref.ref(new)
@@ -311,6 +311,47 @@ def held(state: State) -> Any:
     kind that overrides `value` is neither converted twice nor half.
     """
     return access.value_of(state._cell)
+
+
+@contextlib.contextmanager
+def keeping_attributes(stand_ins: Sequence[State]) -> Iterator[None]:
+    """Refuses that a traced function changes attributes of the States it is given.
+
+    It has stand-ins for them, which the next trace will use as they are now.
+    """
+    before = [(s, _copied(_attributes(s)), _fingerprints(s)) for s in stand_ins]
+    changed: list[tuple[State, str]] = []
+    try:
+        yield
+        for state, _, then in before:
+            now = _fingerprints(state)
+            names = [n for n in then | now if then.get(n) != now.get(n)]
+            changed.extend((state, name) for name in names)
+    finally:
+        for state, attributes, _ in before:
+            for name in _attributes(state).keys() - attributes.keys():
+                object.__delattr__(state, name)
+            for name, attribute in attributes.items():
+                object.__setattr__(state, name, attribute)
+    for state, name in changed:
+        raise StateTypeError(
+            message(
+                f"the attribute `{name}` of {state._own.describe()} was changed inside "
+                "a traced function.",
+                "inside, another State stands for the one that was passed, and what runs "
+                "from then on is compiled and sets no attribute: the change would be lost.",
+                "keep what changes in the State's value, or set the attribute outside.",
+            )
+        )
+
+
+def _fingerprints(state: State) -> dict[str, Any]:
+    return {name: fingerprint(x) for name, x in _attributes(state).items()}
+
+
+def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
+    """The same with other lists and dicts, which may be changed in place."""
+    return {name: jax.tree.map(lambda x: x, v) for name, v in attributes.items()}
 
 
 def _attributes(state: State) -> dict[str, Any]:
