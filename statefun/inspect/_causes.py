@@ -17,6 +17,7 @@ from .._call.keys import jax_configuration
 from .._call.site import Site
 from .._state import access
 from .._state.cell import UNSET, Cell, Value
+from .._state.fingerprint import fingerprint
 from .._state.state import State
 from .._state.static import static_key
 from .._state.structure import ARRAY, Structure, leaves_of
@@ -327,6 +328,8 @@ def _compare(a: Any, b: Any, path: str) -> Iterator[Cause]:
     elif special:
         if type(a) is not type(b):
             yield _other_kind(a, b, path)
+        elif isinstance(a, State):
+            yield from _compare_states(a, b, path)
     elif type(a) is type(b) and dataclasses.is_dataclass(a):
         # The configuration that users pass: its fields say more than its repr. Of a
         # module only the static fields are looked at here, the others are its children.
@@ -341,6 +344,21 @@ def _compare(a: Any, b: Any, path: str) -> Iterator[Cause]:
             yield Cause("static", path, "value", *_both(a, b))
     else:
         yield from _compare_children(a, b, path)
+
+
+def _compare_states(a: State, b: State, path: str) -> Iterator[Cause]:
+    """What a traced function can see of two States of one kind beside their values."""
+    if a.name != b.name:
+        yield Cause("state", path, "name", text(a.name), text(b.name))
+    ours, theirs = a._shell().attributes, b._shell().attributes
+    for name in ours | theirs:
+        both = [fingerprint(x[name]) if name in x else _NONE for x in (ours, theirs)]
+        if both[0] != both[1]:
+            shown = _both(ours.get(name, _NONE), theirs.get(name, _NONE))
+            yield Cause("state", path, f"attribute `{name}`", *shown)
+
+
+_NONE: Any = type("_None", (), {"__repr__": lambda self: "none"})()
 
 
 def _other_kind(a: Any, b: Any, path: str) -> Cause:

@@ -247,6 +247,40 @@ def test_a_state_of_an_argument_is_named_by_its_path():
     assert last(fn) == text
 
 
+class Tagged(sf.State):
+    def __init__(self, value, name=None, **attributes):
+        super().__init__(value, name=name)
+        vars(self).update(attributes)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "cause"),
+    [
+        ({"name": "a"}, {"name": "b"}, "name ('a' → 'b')"),
+        ({}, {"name": "b"}, "name (None → 'b')"),
+        ({"rate": 1}, {"rate": 2}, "attribute `rate` (1 → 2)"),
+        ({"rate": [1]}, {"rate": [1.0]}, "attribute `rate` ([1] → [1.0])"),
+        ({}, {"rate": 2}, "attribute `rate` (none → 2)"),
+        ({"rate": 1}, {}, "attribute `rate` (1 → none)"),
+    ],
+)
+def test_a_name_or_an_attribute_of_a_state_is_a_cause(old, new, cause):
+    fn = sf.filter_jit(lambda m: m.mean.value)
+    for given in (old, new, old):
+        fn(Norm(Tagged(jnp.ones(2), **given)))
+    assert causes(fn) == ["first call", f"State `m.mean` changed {cause}"]
+
+
+def test_a_name_and_an_attribute_that_changed_are_two_causes():
+    fn = sf.filter_jit(lambda m: m.mean.value)
+    fn(Norm(Tagged(jnp.ones(2), "a", rate=jnp.zeros(1))))
+    fn(Norm(Tagged(jnp.ones(2), "b", rate=jnp.ones(1))))
+    assert [(c.kind, c.what) for c in fn.retraces()[-1].causes] == [
+        ("state", "name"),
+        ("state", "attribute `rate`"),
+    ]
+
+
 def test_a_state_in_a_helper_and_in_another_state_has_a_name():
     inner = sf.State(jnp.zeros(3))
     net = sf.State({"inner": inner})
