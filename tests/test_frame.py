@@ -654,13 +654,15 @@ def test_states_lent_to_a_donating_call_make_others_wait():
 
     thread = threading.Thread(target=work)
     thread.start()
-    with _cell.turn(cells):
+
+    def act():
         inside.set()
         # The owner is not kept out by itself, nor is a nested turn given back early.
-        with _cell.turn(cells):
-            state.value = 2
+        _cell.in_turn(cells, lambda: setattr(state, "value", 2))
         assert cells[0] in _cell.shared.taken
         order.append(("written", state.value.item()))
+
+    _cell.in_turn(cells, act)
     thread.join()
     assert order == [("written", 2), ("read", 2)]
     assert not _cell.shared.taken
@@ -668,8 +670,12 @@ def test_states_lent_to_a_donating_call_make_others_wait():
 
 def test_a_turn_ends_when_its_call_fails():
     state = sf.State(1)
-    with pytest.raises(Failed), _cell.turn([state._cell]):
+
+    def fail():
         raise Failed
+
+    with pytest.raises(Failed):
+        _cell.in_turn([state._cell], fail)
     assert in_thread(lambda: state.value) == 1
 
 

@@ -28,7 +28,7 @@ from .. import _compat
 from .._errors import StateValueError, foreign_write, message
 from .._state import access
 from .._state.access import local
-from .._state.cell import Cell, Value, commit, snapshot, turn
+from .._state.cell import Cell, Value, commit, in_turn, snapshot
 from .._state.state import State
 from .._trace import frame, result
 from .._trace.names import Parameters
@@ -184,14 +184,11 @@ class Calls:
         self.lookups += 1
         states, frame_around = present.states, local.frame
         try:
-            try:
-                return self._look_up(act, args, kwargs)
-            finally:
-                present.states, local.frame = states, frame_around
-        finally:
-            # Again, whatever the call has left there: an interrupt may arrive where a
-            # `with` or a `finally` is about to end, and then does not end it.
-            present.states, local.frame = states, frame_around
+            return self._look_up(act, args, kwargs)
+        except BaseException:
+            present.states = states
+            frame.back_outside(frame_around)
+            raise
 
     def _look_up(self, act: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         while True:
@@ -221,7 +218,8 @@ class Calls:
         inputs = fixed.cells if fixed else tuple(site.inputs)
         cells = site.cells_of(inputs, states)
         donated = fixed.donated if fixed else site.donated
-        with turn([cells[i] for i in donated]):
+
+        def run() -> tuple[Trace, list[Any], Compiled]:
             _, values = snapshot(cells)
             values = site.to_stand_ins(inputs, values, states)
             structures = tuple(structure for _, structure in values)
@@ -245,6 +243,12 @@ class Calls:
                     self._commit(site, compiled, states, cells, flats, results)
                 raise
             trace, leaves, _ = compiled.take_apart(results[0])
+            return trace, leaves, compiled
+
+        if donated:
+            trace, leaves, compiled = in_turn([cells[i] for i in donated], run)
+        else:
+            trace, leaves, compiled = run()
         self._used(site, trace)
         if fixed is None:
             self._plan(site, compiled, len(dynamic))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, TypeVar
+
+T = TypeVar("T")
 
 
 class _Claim:
@@ -34,17 +35,17 @@ class TracingLock:
     def __init__(self) -> None:
         self._claims: dict[int, _Claim] = {}  # at most one, at 0
 
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
+    def __call__(self, act: Callable[[], T]) -> T:
+        """Runs `act` with the lock."""
         mine = _Claim()
         try:
-            try:
-                self._take(mine)
-                yield
-            finally:
-                self._give_back(mine)
-        finally:  # again: an interrupt may have come right before
+            self._take(mine)
+            result = act()
             self._give_back(mine)
+        except BaseException:
+            self._give_back(mine)
+            raise
+        return result
 
     def _take(self, mine: _Claim) -> None:
         while True:

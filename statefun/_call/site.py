@@ -162,8 +162,9 @@ class Site:
             else np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
             for x in dynamic
         ]
-        with self.calls.tracing():
-            return self._find(dynamic, self.inside(states), trace)
+        return self.calls.tracing(
+            lambda: self._find(dynamic, self.inside(states), trace)
+        )
 
     def _find(
         self, dynamic: Sequence[Any], values: Mapping[Cell, Value], trace: bool = True
@@ -292,9 +293,8 @@ class Site:
         key = structures, _compat.checks_results()
         compiled = self._variants.get(key)
         if compiled is None:
-            with self.calls.tracing():
-                compiled = self._compile(structures)
-                self._variants[key] = compiled
+            compiled = self.calls.tracing(lambda: self._compile(structures))
+            self._variants[key] = compiled
         return compiled
 
     @property
@@ -339,10 +339,13 @@ class Site:
         self, compiled: Compiled, dynamic: Sequence[Any], values: Values
     ) -> Trace:
         # States that are no input here (yet) have the values that they have now.
-        assert present.states is not None
-        with self.calls.tracing():
-            values = Values({**self.inside(present.states), **values})
-            trace = self._find(dynamic, values)
+        states = present.states
+        assert states is not None
+
+        def find() -> Trace | None:
+            return self._find(dynamic, Values({**self.inside(states), **values}))
+
+        trace = self.calls.tracing(find)
         assert trace is not None
         self.learn(trace)
         if not compiled.covers(trace):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax.tree_util as jtu
@@ -313,12 +313,8 @@ def wait_for(cells: Iterable[Cell]) -> None:
         _returned.wait()
 
 
-@contextlib.contextmanager
-def turn(cells: Sequence[Cell]) -> Iterator[None]:
-    """Keeps the States from all other threads, which wait."""
-    if not cells:
-        yield
-        return
+def in_turn(cells: Sequence[Cell], act: Callable[[], T]) -> T:
+    """Runs `act` while the States are kept from all other threads, which wait."""
     settle(cells)
     mine: list[Cell] = []
 
@@ -337,10 +333,10 @@ def turn(cells: Sequence[Cell]) -> Iterator[None]:
         _returned.notify_all()
 
     try:
-        try:
-            exclusive(take)
-            yield
-        finally:
-            exclusive(give_back)
-    finally:  # again: an interrupt may have come right before
+        exclusive(take)
+        result = act()
         exclusive(give_back)
+    except BaseException:
+        exclusive(give_back)
+        raise
+    return result

@@ -40,7 +40,12 @@ from .._state.access import StandIns, current, local, read_inside_raw_transform
 from .._state.cell import UNSET, Cell, Value, commit, committed
 from .._state.handed import Handed
 from .._state.structure import Structure, flat_of, leaves_of
-from .stale import forget_inner_traces, state_probe_p, trace_context
+from .stale import (
+    forget_inner_traces,
+    leave_trace_context,
+    state_probe_p,
+    trace_context,
+)
 
 # -- primitives ---------------------------------------------------------------------
 
@@ -335,6 +340,18 @@ class TracedFrame(Frame):
 R = TypeVar("R")
 
 
+def back_outside(frame: Frame | None) -> None:
+    """After an exception: the frame around, and at the top JAX's context, are as before.
+
+    The exception may be an interrupt that arrived where a `with` was about to leave: then
+    it did not. Whatever is left on the stack would make later calls believe that they are
+    inside of a transform.
+    """
+    local.frame = frame
+    if frame is None:
+        leave_trace_context()
+
+
 def transaction(run: Callable[[], R]) -> R:
     """Runs a transform inside the frame there is, or in one of its own.
 
@@ -350,15 +367,10 @@ def transaction(run: Callable[[], R]) -> R:
         finally:
             outer.pending = pending
     try:
-        try:
-            return _at_top(run)
-        finally:
-            local.frame = None
-    finally:
-        # Again: an interrupt may arrive where a `with` or a `finally` is about to end,
-        # and whatever is left on the stack would make later calls believe that they are
-        # inside of a transform.
-        local.frame = None
+        return _at_top(run)
+    except BaseException:
+        back_outside(None)
+        raise
 
 
 def _at_top(run: Callable[[], R]) -> R:

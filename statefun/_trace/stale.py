@@ -62,3 +62,8 @@ def trace_context() -> Any:
             break
         frame = frame.parent
     return _compat.trace_generation(shared.generation)
+
+
+def leave_trace_context() -> None:
+    """Code outside of frames is at 0, whatever an interrupt has kept from being left."""
+    _compat.trace_generation(0).__enter__()
