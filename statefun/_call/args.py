@@ -168,21 +168,21 @@ class Signature:
         paths = [path for path, _ in jtu.tree_leaves_with_path(indices)]
         return [paths[i] for i in self.dynamic]
 
-    def donated(self, donate: str) -> list[int]:
-        """The dynamic leaves that are donated: see `filter_jit`."""
+    def donated(self, donate: str, bound: int = 0) -> list[int]:
+        """The dynamic leaves that are donated: see `filter_jit`; `bound`: `Options`."""
         if donate == "none":
             return []
-        spared = 0 if donate.endswith("except-first") else None
+        spared = bound if donate.endswith("except-first") else None
         return [i for i, arg in enumerate(self._argument()) if arg != spared]
 
-    def spread(self, shardings: Any) -> list[Any] | None:
+    def spread(self, shardings: Any, bound: int = 0) -> list[Any] | None:
         """A prefix tree over the positional arguments, as a list for dynamic leaves."""
         if shardings is None:
             return None
         args, _ = self.treedef.unflatten(range(len(self.leaves)))
         if not isinstance(shardings, tuple):
-            shardings = (shardings,) * len(args)
-        by_leaf = spread_prefix(shardings, args)
+            shardings = (shardings,) * (len(args) - bound)
+        by_leaf = spread_prefix((None,) * bound + shardings, args)
         n = len(by_leaf)
         return [by_leaf[i] if i < n else None for i in self.dynamic]
 
@@ -218,11 +218,18 @@ class StaticArguments:
     signature says what belongs together.
     """
 
-    def __init__(self, fun: Any, argnums: Sequence[int], argnames: Sequence[str]):
+    def __init__(
+        self,
+        fun: Any,
+        argnums: Sequence[int],
+        argnames: Sequence[str],
+        bound: int = 0,
+    ):
+        self._bound = bound  # see `Options`
         self.argnums = tuple(argnums)
         self.argnames = tuple(argnames)
         try:
-            parameters = list(inspect.signature(fun).parameters.values())
+            parameters = list(inspect.signature(fun).parameters.values())[bound:]
         except (ValueError, TypeError):  # a builtin has no signature
             parameters = []
         names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -237,6 +244,7 @@ class StaticArguments:
 
     def mark(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Wraps the arguments that are static."""
+        itself, args = args[: self._bound], args[self._bound :]
         marked = list(args)
         given = sum(name in self._names for name in kwargs)
         for i in self.argnums:
@@ -251,7 +259,7 @@ class StaticArguments:
             if i < len(args) and type(marked[i]) is not Static:
                 marked[i] = Static(args[i], f"at position {i}")
         names = self._names
-        return tuple(marked), {
+        return (*itself, *marked), {
             k: Static(v, f"{k!r}") if k in names else v for k, v in kwargs.items()
         }
 

@@ -91,7 +91,7 @@ class Calls:
         self._traces: dict[Trace, None] = {}
         self.names = Parameters(fun)
         self._static = _args.StaticArguments(
-            fun, options.static_argnums, options.static_argnames
+            fun, options.static_argnums, options.static_argnames, options.bound
         )
 
     # -- looking up --
@@ -109,7 +109,7 @@ class Calls:
         dynamic, states, key = _args.split(args, kwargs, self.names)
         site = self.sites.get(key)
         if site is None:
-            _args.check_arguments(args, kwargs)
+            _args.check_arguments(args[self.options.bound :], kwargs)
             parts = _args.flatten(args, kwargs)
             nested = _args.with_nested(states)
             signature = _args.Signature(*parts, self.names, states, nested)
@@ -312,7 +312,7 @@ class Calls:
 
     def eager(self, args: tuple, kwargs: dict) -> Any:
         """Runs the function without tracing it, with the same effect on States."""
-        _args.check_arguments(args, kwargs)
+        _args.check_arguments(args[self.options.bound :], kwargs)
 
         def run() -> Any:
             out = self.fun(*args, **kwargs)

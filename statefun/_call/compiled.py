@@ -36,6 +36,9 @@ class Options(NamedTuple):
     in_shardings: Any = None
     out_shardings: Any = None
     jit_options: tuple[tuple[str, Any], ...] = ()  # further arguments of `jax.jit`
+    # How many arguments, the first, are the function itself: a module that is called.
+    # All that the user says about arguments is about those that follow.
+    bound: int = 0
 
 
 class Restart(Exception):

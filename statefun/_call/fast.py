@@ -25,6 +25,7 @@ class Fast:
     """
 
     _calls: Calls
+    _bound: tuple = ()  # arguments that come first, see `Options`
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         calls = self._calls
@@ -98,6 +99,13 @@ class Fast:
         return out[0] if result == 1 else trace.out.build(out[: trace.n_out])
 
 
+class Bound(Fast):
+    """A callable some of whose arguments are known: a module that is called."""
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*self._bound, *args, **kwargs)
+
+
 def _writes(trace: Trace, out: Sequence[Any]) -> dict[Cell, Value]:
     flats = out[trace.n_out : trace.n_out + len(trace.written)]
     pairs = zip(flats, trace.structures, strict=True)
@@ -107,12 +115,14 @@ def _writes(trace: Trace, out: Sequence[Any]) -> dict[Cell, Value]:
 class AheadOfTime:
     """A call that was traced ahead of time, to be lowered, compiled and then run."""
 
-    def __init__(self, calls: Calls, args: tuple, kwargs: dict):
-        self._calls = calls
+    def __init__(self, calls: Calls, args: tuple, kwargs: dict, bound: tuple = ()):
+        self._calls, self._bound = calls, bound
+        args = bound + args
         self._key = calls.key(args, kwargs)
         self._site, self._compiled, self.traced = calls.trace_ahead(args, kwargs)
 
     def run(self, executable: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        args = self._bound + args
         name = self._calls.options.name
         if local.frame is not None or not _compat.at_top_level():
             raise StateTraceError(

@@ -16,14 +16,14 @@ from .._errors import StateValueError, message
 from .._state import access
 from .._state.cell import Cell, Values
 from .._state.numbers import normalise
-from .._state.state import State
+from .._state.state import State, is_state
 from .._state.static import TreeDef
 from .._state.structure import flatten, leaves_of
 from .._trace.program import Program
 from ..ir import normalize_optimizations
 from .calls import Calls
 from .compiled import Options, Trace
-from .fast import Fast
+from .fast import Bound, Fast
 from .keys import CacheKey
 from .site import Site
 
@@ -127,8 +127,8 @@ class StatefulFunction(Fast, Generic[P, R]):
         if not callable(fun):
             raise TypeError(f"fun has to be callable, but is {fun!r}.")
         self.fun = fun
-        self.static_argnums = _as_tuple(static_argnums, int)
-        self.static_argnames = _as_tuple(static_argnames, str)
+        self.static_argnums = as_tuple(static_argnums, int)
+        self.static_argnames = as_tuple(static_argnames, str)
         self.axis_env = axis_env
         self.name = name if name is not None else name_of(fun)
         self.return_only_write = return_only_write
@@ -142,12 +142,25 @@ class StatefulFunction(Fast, Generic[P, R]):
         )
         self._calls = Calls(fun, options)
 
+    @classmethod
+    def _of(
+        cls, fun: Callable[P, R], calls: Calls, bound: tuple
+    ) -> StatefulFunction[P, R]:
+        """That of a jitted function, which it shares the traces of."""
+        how = calls.options
+        new = (BoundFunction if bound else cls)(
+            fun,
+            how.static_argnums,
+            how.static_argnames,
+            how.axis_env,
+            how.name,
+            ir_optimizations=how.ir_optimizations,
+        )
+        new._calls, new._bound = calls, bound
+        return new
+
     def __repr__(self) -> str:
         return f"StatefulFunction({self.name})"
-
-    def _compile_with(self, **options: Any) -> None:
-        """Options that don't change what is traced, only how it is compiled."""
-        self._calls = Calls(self.fun, self._calls.options._replace(**options))
 
     # Copies have the options, and a cache of their own, which is empty.
 
@@ -161,7 +174,7 @@ class StatefulFunction(Fast, Generic[P, R]):
             self.return_only_write,
             self.ir_optimizations,
         )
-        return type(self), arguments, self._calls.options
+        return StatefulFunction, arguments, self._calls.options._replace(bound=0)
 
     def __setstate__(self, options: Options) -> None:
         self._calls = Calls(self.fun, options)
@@ -198,7 +211,7 @@ class StatefulFunction(Fast, Generic[P, R]):
         """
         if compile_if_miss:
             return self._find(args, kwargs, True).key
-        site, dynamic, _ = self._calls.site(args, kwargs)
+        site, dynamic, _ = self._calls.site(self._bound + args, kwargs)
         return _key(site, dynamic)
 
     def get_jaxpr(
@@ -297,7 +310,7 @@ class StatefulFunction(Fast, Generic[P, R]):
 
     def jaxpr_call_auto(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs the function, compiled, on the States' current values and commits."""
-        return self._calls.run(args, kwargs)
+        return self._calls.run(self._bound + args, kwargs)
 
     def jaxpr_call(
         self, state_vals: Sequence[Any], /, *args: Any, **kwargs: Any
@@ -372,7 +385,8 @@ class StatefulFunction(Fast, Generic[P, R]):
     # -- inside --
 
     def _find(self, args: tuple, kwargs: dict, trace: bool) -> _Found:
-        site, found, dynamic, states = self._calls.find(args, kwargs, trace)
+        look_up = self._calls.find
+        site, found, dynamic, states = look_up(self._bound + args, kwargs, trace)
         if found is None:
             self._calls.misses += 1
             raise self._unknown(_key(site, dynamic))
@@ -387,6 +401,9 @@ class StatefulFunction(Fast, Generic[P, R]):
         if not traces:
             raise self._unknown(key)
         arguments = [ref() for ref in traces[0].arguments]
+        # The trace may have been made for another module: the States are those of this.
+        mine = {x._cell: x for x in jtu.tree_leaves(self._bound) if is_state(x)}
+        arguments[: len(mine)] = mine.values()
         return _Found(traces[0], _states_of(traces[0], arguments), arguments)
 
     def _unknown(self, key: CacheKey) -> ValueError:
@@ -448,6 +465,10 @@ class StatefulFunction(Fast, Generic[P, R]):
         )
 
 
+class BoundFunction(Bound, StatefulFunction):
+    """What a module that is called is compiled to."""
+
+
 def make_jaxpr(
     fun: Callable[..., Any],
     static_argnums: int | Sequence[int] = (),
@@ -499,7 +520,7 @@ def name_of(fun: Any) -> str:
     return getattr(fun, "__name__", type(fun).__name__)
 
 
-def _as_tuple(x: Any, kind: type) -> tuple:
+def as_tuple(x: Any, kind: type) -> tuple:
     return (x,) if isinstance(x, kind) else tuple(x)
 
 

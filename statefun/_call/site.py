@@ -71,8 +71,8 @@ class Site:
         self._in_trace: dict[Trace, Compiled] = {}
         self._evicted = 0
         options = calls.options
-        self._donated_leaves = signature.donated(options.donate)
-        self._shardings = signature.spread(options.in_shardings)
+        self._donated_leaves = signature.donated(options.donate, options.bound)
+        self._shardings = signature.spread(options.in_shardings, options.bound)
         self._watched = [self._watch(leaf) for leaf in signature.weak_leaves()]
         for cell in self.pins.values():
             self._reach(cell)

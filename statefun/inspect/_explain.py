@@ -108,7 +108,7 @@ def _unwrapped(fn: Any, args: tuple) -> tuple[Any, Options, tuple]:
     if not callable(fn):
         raise TypeError(f"explain takes a function and its arguments, not {fn!r}.")
     if isinstance(fn, Jitted | StatefulFunction):
-        return fn._calls.fun, fn._calls.options, args
+        return fn._calls.fun, fn._calls.options, fn._bound + args
     return fn, Options(name=name_of(fn)), args
 
 

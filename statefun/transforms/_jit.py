@@ -12,11 +12,16 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, ove
 import jax
 from jax.experimental.checkify import check_error, user_checks
 
-from .._call.fast import AheadOfTime, Fast
-from .._call.function import StatefulFunction
+from .._call.calls import Calls
+from .._call.compiled import Options
+from .._call.fast import AheadOfTime, Bound, Fast
+from .._call.function import StatefulFunction, as_tuple, name_of
 from .._errors import message
+from .._state.static import exact_key
 from .._trace.frame import transaction
+from ..ir import normalize_optimizations
 from ._checkify import checkify as checkified
+from ._sharing import Rewrapped, Same, calls_of, recognize
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,7 +29,7 @@ Donate = Literal["all", "all-except-first", "warn", "warn-except-first", "none"]
 _DONATE = ("all", "all-except-first", "warn", "warn-except-first", "none")
 
 
-class Jitted(Fast, Generic[P, R]):
+class Jitted(Fast, Rewrapped, Generic[P, R]):
     """What [`statefun.filter_jit`][] returns: call it like the function.
 
     **Attributes:**
@@ -34,14 +39,12 @@ class Jitted(Fast, Generic[P, R]):
     - `__wrapped__`: the function.
     """
 
-    stateful_function: StatefulFunction[P, R]
-
-    def __init__(self, stateful_function: StatefulFunction[P, R]):
-        self.stateful_function = stateful_function
-        self._calls = stateful_function._calls
-        functools.update_wrapper(self, stateful_function.fun, updated=())
+    def __init__(self, fun: Callable[P, R], given: tuple, calls: Calls, bound: tuple):
+        self._given, self._calls, self._bound = given, calls, bound
+        functools.update_wrapper(self, fun, updated=())
 
     if TYPE_CHECKING:
+        __wrapped__: Callable[P, R]
 
         def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
@@ -49,7 +52,7 @@ class Jitted(Fast, Generic[P, R]):
         return self if instance is None else types.MethodType(self, instance)
 
     def __repr__(self) -> str:
-        return f"filter_jit({self.stateful_function.name})"
+        return f"filter_jit({self._calls.options.name})"
 
     def __reduce__(self) -> str | tuple:
         # As functions are pickled: by name where it can be imported. `__main__` is
@@ -60,10 +63,25 @@ class Jitted(Fast, Generic[P, R]):
             found = getattr(found, part, None)
         if found is self and self.__module__ != "__main__":
             return name
-        return type(self), (self.stateful_function,)
+        return _jitted, (self.__wrapped__, self._given, False)
 
     def __deepcopy__(self, memo: dict) -> Jitted[P, R]:
-        return type(self)(copy.deepcopy(self.stateful_function, memo))
+        # Not the options: shardings hold devices, of which there are no copies.
+        return _jitted(copy.deepcopy(self.__wrapped__, memo), self._given, False)
+
+    def _same(self) -> Same | None:
+        inner = recognize(self.__wrapped__)
+        if inner is None:
+            return None
+        given, build = self._given, inner.build
+        return inner._replace(
+            key=(Jitted, exact_key(given), inner.key),
+            build=lambda *bound: _jitted(build(*bound), given),
+        )
+
+    @functools.cached_property
+    def stateful_function(self) -> StatefulFunction[P, R]:
+        return StatefulFunction._of(self.__wrapped__, self._calls, self._bound)
 
     def lower(self, /, *args: P.args, **kwargs: P.kwargs) -> Lowered:
         """Traces and lowers the function for these arguments, without running it.
@@ -88,8 +106,12 @@ class Jitted(Fast, Generic[P, R]):
         return self.stateful_function.retraces()
 
     def clear_cache(self) -> None:
-        """Forgets everything traced and compiled."""
+        """Forgets everything traced and compiled, for all that share it."""
         self._calls.clear()
+
+
+class BoundJitted(Bound, Jitted):
+    """What a module that is called is compiled to."""
 
 
 class Checked(Jitted):
@@ -97,7 +119,7 @@ class Checked(Jitted):
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         def run() -> Any:
-            error, out = self._calls.run(args, kwargs)
+            error, out = self._calls.run(self._bound + args, kwargs)
             check_error(error)  # raises; in a trace, the transform around has to see it
             return out
 
@@ -114,7 +136,7 @@ class Traced:
 
     def __init__(self, fn: Jitted, args: tuple, kwargs: dict):
         self.jaxpr = fn.stateful_function.get_jaxpr(*args, **kwargs)
-        self._call = AheadOfTime(fn._calls, args, kwargs)
+        self._call = AheadOfTime(fn._calls, args, kwargs, fn._bound)
 
     def lower(self, **options: Any) -> Lowered:
         """Lowers the traced function to StableHLO.
@@ -294,6 +316,16 @@ def filter_jit(
 
     !!! info
 
+        The function is compiled once, also where `filter_jit(f)`,
+        `filter_jit(filter_grad(f))`, `filter_jit(module)` or `filter_jit(module.method)`
+        is written anew at every call: jitted functions with the same function and options
+        share what was traced, `retraces()` and `clear_cache()`, and it is freed with the
+        function. A module that is called is an argument like others: its arrays are
+        inputs, its States parameters, and `donate` donates its arrays, unless it is
+        `"none"`. Copies of a jitted function, and a `StatefulFunction`, share nothing.
+
+    !!! info
+
         Another thread may write a State during a call that reads and writes it. The call
         then runs again, on the new values, so both are counted. A function with side
         effects (`jax.debug.print`, …) is not run twice: there, the last writer wins.
@@ -304,40 +336,64 @@ def filter_jit(
         looked up when the function is traced. If the name is bound to another State
         while the old one is still in use elsewhere, the function keeps using the old
         one: pass the module that holds the State as an argument, or call `clear_cache`.
+        Wrapping the function anew does not help.
     """
     if donate not in _DONATE:
         raise ValueError(f"`donate` is {donate!r}, but should be one of {_DONATE}.")
-    jit_options = _jit_options(jitkwargs)
-    if fun is None:
-        return functools.partial(
-            filter_jit,
-            donate=donate,
-            donate_states=donate_states,
-            static_argnums=static_argnums,
-            static_argnames=static_argnames,
-            ir_optimizations=ir_optimizations,
-            name=name,
-            in_shardings=in_shardings,
-            out_shardings=out_shardings,
-            checkify=checkify,
-            **jitkwargs,
+    given = tuple(
+        (name, value)
+        for name, value, default in (
+            ("donate", donate, "none"),
+            ("donate_states", donate_states, False),
+            ("static_argnums", static_argnums, ()),
+            ("static_argnames", static_argnames, ()),
+            ("ir_optimizations", ir_optimizations, None),
+            ("name", None if name is None else str(name), None),
+            ("in_shardings", in_shardings, None),
+            ("out_shardings", out_shardings, None),
+            ("checkify", checkify, False),
         )
-    errors = user_checks if checkify is True else checkify
-    stateful = StatefulFunction(
-        fun if errors is False else checkified(fun, errors),
-        static_argnums,
-        static_argnames,
-        name=name,
-        ir_optimizations=ir_optimizations,
+        if value is not default
     )
-    stateful._compile_with(
-        donate=donate,
-        donate_states=donate_states,
-        in_shardings=in_shardings,
-        out_shardings=out_shardings,
-        jit_options=jit_options,
-    )
-    return Jitted(stateful) if errors is False else Checked(stateful)
+    given += tuple(sorted(jitkwargs.items()))
+    if fun is None:
+        _jit_options(jitkwargs)
+        return functools.partial(_jitted, given=given)
+    return _jitted(fun, given)
+
+
+def _jitted(fun: Callable, given: tuple, share: bool = True) -> Jitted:
+    """The jitted function.
+
+    **Arguments:**
+
+    - `given`: the options that are not the default.
+    - `share`: what was traced; a copy has a cache of its own, which is empty.
+    """
+    if not callable(fun):
+        raise TypeError(f"fun has to be callable, but is {fun!r}.")
+
+    def options(bound: int) -> Options:
+        return _options(fun, given, bound)
+
+    errors = dict(given).get("checkify", False) if given else False
+    if errors is False:
+        calls, bound = calls_of(fun, given, options, share)
+        return (BoundJitted if bound else Jitted)(fun, given, calls, bound)
+    traced = checkified(fun, user_checks if errors is True else errors)
+    calls, bound = calls_of(traced, given, options, share)
+    return Checked(fun, given, calls, bound)
+
+
+def _options(fun: Callable, given: tuple, bound: int) -> Options:
+    how = dict(given)
+    how.pop("checkify", None)
+    how["name"] = how.get("name") or name_of(fun)
+    how["static_argnums"] = as_tuple(how.get("static_argnums", ()), int)
+    how["static_argnames"] = as_tuple(how.get("static_argnames", ()), str)
+    how["ir_optimizations"] = normalize_optimizations(how.get("ir_optimizations"))
+    rest = {k: how.pop(k) for k in list(how) if k not in Options._fields}
+    return Options(**how, jit_options=_jit_options(rest), bound=bound)
 
 
 class _Hashable(dict):
