@@ -142,12 +142,20 @@ class Rng(State[jax.Array]):
     @staticmethod
     def _in_lane(flat: Any, structure: Structure, index: Any, size: int) -> Any:  # type: ignore[override]
         """What lane `index` of `size` sees in place of the shared key."""
-        return jax.random.fold_in(flat, index)
+        return _fold_in(flat, index)
 
     @staticmethod
     def _after_lanes(flat: Any, structure: Structure, size: int) -> Any:  # type: ignore[override]
         """The shared key when the lanes are done: one that none of them has seen."""
-        return jax.random.fold_in(flat, size)
+        return _fold_in(flat, size)
+
+
+def _fold_in(keys: jax.Array, number: Any) -> jax.Array:
+    """`jax.random.fold_in` for every key of an array: those of a stack of layers."""
+    fold_in = jax.random.fold_in
+    for _ in range(keys.ndim):
+        fold_in = jax.vmap(fold_in, in_axes=(0, None))
+    return fold_in(keys, number)
 
 
 def _as_key(given: Any, impl: str | None) -> jax.Array:

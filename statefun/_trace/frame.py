@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -305,6 +305,8 @@ class TracedFrame(Frame):
     - `known`: values of States that stand in for the parent's. Only what they look like
         matters here.
     - `stand_ins`: see `StandIns`.
+    - `view`: the avals of a State's arrays in here, where they are not those outside: an
+        iteration of a loop sees one entry. None for a State that is the same.
     """
 
     _keeps = True
@@ -313,19 +315,33 @@ class TracedFrame(Frame):
         self,
         known: Mapping[Cell, Value] | None = None,
         stand_ins: StandIns | None = None,
+        view: Callable[[Cell, Value], Sequence[Any] | None] | None = None,
     ):
         super().__init__()
+        self._view = view
         self.known = known or {}
         self.stand_ins = stand_ins
         self.avals: dict[Cell, tuple] = {}
         self.probes = 0
 
+    def present(self, cell: Cell) -> Value | None:
+        found = super().present(cell)
+        if found is None and self._seen_as(cell, current(cell, self.parent)):
+            return self.peek(cell)
+        return found
+
+    def _seen_as(self, cell: Cell, value: Value) -> Sequence[Any] | None:
+        if self._view is None or value[0] is UNSET:
+            return None
+        return self._view(cell, value)
+
     def _first_read(self, cell: Cell) -> Value:
-        flat, structure = self.known.get(cell) or current(cell, self.parent)
+        value = self.known.get(cell) or current(cell, self.parent)
+        flat, structure = value
         if flat is UNSET:
             committed(cell)  # raises
-        avals = tuple(jax.typeof(x) for x in leaves_of(flat, structure))
-        self.avals[cell] = avals
+        avals = self._seen_as(cell, value) or map(jax.typeof, leaves_of(*value))
+        self.avals[cell] = avals = tuple(avals)
         with _compat.in_trace(self._trace):
             arrays = state_read_p.bind(index=len(self.avals) - 1, avals=avals)
         return flat_of(arrays, structure), structure

@@ -153,6 +153,7 @@ def trace(
     stand_ins: Mapping[Cell, Cell] | None = None,
     named: Named | None = None,
     static: Sequence[Any] = (),
+    view: Callable[[Cell, Value], Sequence[Any] | None] | None = None,
 ) -> Program:
     """Traces `run(*dynamic)`, once, to a `Program`.
 
@@ -160,7 +161,7 @@ def trace(
 
     - `run`: takes the dynamic leaves one by one and returns any pytree.
     - `dynamic`: arrays, or anything else `jax.make_jaxpr` takes.
-    - `known`: see `frame.TracedFrame`.
+    - `known`, `view`: see `frame.TracedFrame`.
     - `arg_index`: the stand-ins for States of arguments, by position.
     - `axis_env`: as in `jax.make_jaxpr`.
     - `stand_ins`: for States of the arguments, by the States that they stand for.
@@ -171,7 +172,7 @@ def trace(
     `StateTraceError` if the function leaves a State that it made anywhere else.
     """
     seen_as = StandIns(stand_ins) if stand_ins else None
-    frame = TracedFrame(known, seen_as)
+    frame = TracedFrame(known, seen_as, view)
     found: dict[str, Any] = {}
 
     def flat(*leaves: Any) -> list[Any]:

@@ -13,10 +13,12 @@ import jax.tree_util as jtu
 from jax import lax
 
 from .._state import access
-from .._state.cell import Values
+from .._state.cell import Cell, Values
 from .._state.static import static_key, treedef_key
+from .._state.structure import Structure, leaves_of
 from .._trace.names import Named
 from .._trace.program import Program
+from ._state_axes import NO_ENTRIES, Entries
 from ._twin import (
     jax_arrays,
     note_checks,
@@ -107,6 +109,7 @@ def trace_loop(
     run: Callable[..., Any],
     rest: Sequence[Any],
     named: Named,
+    view: Callable[..., Any],
 ) -> Program:
     """Traces a loop body `run(carry_arrays, *rest) -> (carry_arrays, anything)`."""
     n = len(carry.arrays)
@@ -115,6 +118,7 @@ def trace_loop(
             lambda *leaves: run(list(leaves[:n]), *leaves[n:]),
             [*carry.arrays, *rest],
             named,
+            view,
         )
         given, returned = program.in_avals[:n], program.out_avals[:n]
         if attempt == 2 or not carry.promote(given, returned):
@@ -138,8 +142,15 @@ def as_arrays(tree: Any) -> Any:
     return jtu.tree_map(convert, tree, is_leaf=lambda x: isinstance(x, eqx.Module))
 
 
+_NOTHING = Values()
+
+
 class Loop:
-    """A loop body as a program, and the States that it touches."""
+    """A loop body as a program, and the States that it touches.
+
+    Of some States each step has an entry of its own: they go with what is scanned over,
+    and what is written to them with what the body returns beside the carry.
+    """
 
     def __init__(
         self,
@@ -148,29 +159,56 @@ class Loop:
         run: Callable[..., Any],
         rest: Sequence[Any],
         named: Named,
+        entries: Entries = NO_ENTRIES,
     ):
         self.carry = carry
-        self.program = trace_loop(name, carry, run, rest, named)
-        self.values = values_of({**self.program.reads, **self.program.writes})
-        unchanged_types(name, self.program, self.values)
+        self.program = trace_loop(name, carry, run, rest, named, entries.avals)
+        self._entries = entries
+        touched = {**self.program.reads, **self.program.writes}
+        self._sliced = {c for c in touched if entries.axis_of(c) is not None}
+        self.values = values_of(c for c in touched if c not in self._sliced)
+        unchanged_types(name, self.program, self._avals_before())
         note_checks(self.program)
+
+    def _avals_before(self) -> dict[Cell, tuple[Sequence[Any], Structure]]:
+        """What a step finds in the States that it writes."""
+        before = {}
+        for cell in self.program.writes:
+            value = self.values.get(cell) or access.current(cell)
+            avals = self._entries.avals(cell, value)
+            if avals is None:
+                avals = [jax.typeof(x) for x in leaves_of(*value)]
+            before[cell] = avals, value[1]
+        return before
 
     @property
     def init(self) -> tuple[list[Any], Values]:
-        """The arrays of the carry, and the written States."""
-        written = Values((c, self.values[c]) for c in self.program.writes)
-        return self.carry.arrays, written
+        """The arrays of the carry, and the written States that all steps share."""
+        mine = (c for c in self.program.writes if c not in self._sliced)
+        return self.carry.arrays, Values((c, self.values[c]) for c in mine)
 
-    def step(self, loop: Any, rest: Sequence[Any]) -> tuple[Any, list[Any]]:
-        """One iteration: the next carry, and the arrays that the body returned beside."""
+    @property
+    def entries(self) -> Values:
+        """What the States hold that are read entry by entry, to be scanned over."""
+        values = values_of(c for c in self.program.reads if c in self._sliced)
+        return Values((c, self._entries.to_front(c, v)) for c, v in values.items())
+
+    def step(
+        self, loop: Any, rest: Sequence[Any], entries: Values = _NOTHING
+    ) -> tuple[Any, tuple[list[Any], Values]]:
+        """One iteration: the next carry, and beside it the arrays that the body returned
+        and the entries that it wrote."""
         arrays, written = loop
-        leaves, new = self.program([*arrays, *rest], self.values | written)
+        leaves, new = self.program([*arrays, *rest], self.values | written | entries)
         n = len(arrays)
-        return (leaves[:n], new), leaves[n:]
+        shared = Values((c, v) for c, v in new.items() if c not in self._sliced)
+        sliced = Values((c, v) for c, v in new.items() if c in self._sliced)
+        return (leaves[:n], shared), (leaves[n:], sliced)
 
-    def finish(self, loop: Any, beside: Sequence[Any] = ()) -> tuple[Any, Any]:
+    def finish(self, loop: Any, beside: Any = ((), _NOTHING)) -> tuple[Any, Any]:
         """Writes the States; the final carry, and what the body returned beside it."""
-        (arrays, written), beside = jax_arrays((loop, beside))
-        access.write(written)
+        (arrays, written), (beside, entries) = jax_arrays((loop, beside))
+        whole = ((c, self._entries.from_front(c, v)) for c, v in entries.items())
+        access.write(written | Values(whole))
         _, out = self.program.out.build([*arrays, *beside])
         return self.carry.build(arrays), out

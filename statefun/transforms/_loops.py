@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +16,22 @@ from jax import lax
 from .._compat import Tracer
 from .._errors import StateTraceError, StateTypeError, message
 from .._state import access
-from .._state.cell import Cell
+from .._state.cell import Cell, Value, Values
 from .._state.state import State
+from .._state.structure import flat_of, leaves_of
 from .._trace.names import Named, Parameters, named
-from .._trace.result import pack, unpack
+from .._trace.result import unpack
 from ._carry import Carry, Loop, as_arrays, element
 from ._eager import answering_for, compiled_when_eager
 from ._progress import with_progress
+from ._state_axes import (
+    Entries,
+    Passed,
+    Rule,
+    is_axis,
+    items_of_states,
+    size_along,
+)
 from ._twin import (
     note_checks,
     run_pure,
@@ -42,8 +53,12 @@ def _scan(
     unroll: int | bool,
     options: tuple[tuple[str, Any], ...],
     progress: bool | str,
+    state_axes: Passed,
+    name: str = "scan",
 ) -> Any:
-    carry = Carry("scan", init)
+    xs = Passed.open(xs)
+    entries = _entries(name, f, init, xs, length, state_axes.tree)
+    carry = Carry(name, init)
     x_arrays, build_x = split_arrays(xs)
 
     def run(carry_arrays: list, *x: Any) -> Any:
@@ -51,11 +66,16 @@ def _scan(
         return carry.check(out), y
 
     elements = [element(x) for x in x_arrays]
-    loop = Loop("scan", carry, run, elements, named(f, (init, xs)))
-    steps = x_arrays[0].shape[0] if x_arrays else length
-    body, x_arrays = with_progress(progress, steps or 0, loop.step, x_arrays, reverse)
+    loop = Loop(name, carry, run, elements, named(f, (init, xs)), entries)
+    body, sliced = with_progress(
+        progress,
+        entries.steps,
+        lambda at, x: loop.step(at, *x),
+        (x_arrays, loop.entries),
+        reverse,
+    )
     final, ys = lax.scan(
-        body, loop.init, x_arrays, length, reverse, unroll, **dict(options)
+        body, loop.init, sliced, entries.steps, reverse, unroll, **dict(options)
     )
     return loop.finish(final, ys)
 
@@ -71,10 +91,15 @@ def scan(
     _split_transpose: bool = False,
     *,
     progress: bool | str = False,
+    state_axes: Any = None,
 ) -> tuple[Any, Any]:
     """As `jax.lax.scan`, for bodies that read and write States.
 
-    States that the body writes join the carry, others that it reads are closed over.
+    A State that comes in by `xs` is sliced like the arrays there: each step reads and
+    writes its own entry, and when the loop is over the State holds all of them. States
+    that are reached in another way are shared by all steps: those that the body writes
+    join the carry, others that it reads are closed over.
+
     Carry, elements and outputs may hold leaves that are no arrays (a module with its
     activation function); in the carry these must stay the same.
 
@@ -82,16 +107,20 @@ def scan(
 
     - `f`: `(carry, x) -> (carry, y)`.
     - `init`: the first carry.
-    - `xs`: what to scan over: arrays with a leading axis of equal length.
+    - `xs`: what to scan over: arrays, and States that hold arrays, with a leading axis of
+        equal length.
     - `length`, `reverse`, `unroll`: as in `jax.lax.scan`.
     - `progress`: True, or a description, for a progress bar (needs the extra
         `progress`). It doesn't change the result.
+    - `state_axes`: which States hold an entry for each step, and along which axis, as of
+        [`statefun.filter_vmap`][]. None: those in `xs` do, along their leading axis.
 
     **Returns:** `(carry, ys)`, the outputs stacked along a new leading axis. A State that
     the body makes and returns in a module comes out with stacked values.
 
     **Raises:** `TypeError` if the carry changes structure, shape or dtype;
-    `statefun.StateValueError` if a State does.
+    `statefun.StateValueError` if a State does, or if one that is sliced doesn't have one
+    entry for each step.
 
     !!! example
 
@@ -108,40 +137,65 @@ def scan(
         ```
     """
     options = (("_split_transpose", True),) if _split_transpose else ()
-    refuse_states("scan", "xs", xs)
-    _check_lengths(xs, length)
-    return _scan(f, as_arrays(init), xs, length, reverse, unroll, options, progress)
+    return _scan(
+        f,
+        as_arrays(init),
+        Passed.along(xs),
+        length,
+        reverse,
+        unroll,
+        options,
+        progress,
+        Passed(state_axes),
+    )
+
+
+def _entries(
+    name: str, f: Callable, init: Any, xs: Any, length: int | None, state_axes: Any
+) -> Entries:
+    """How many steps there are, and of which States each has an entry of its own.
+
+    Raises as `jax.lax.scan` does, before the body is traced.
+    """
+    leaves = [x for x in jtu.tree_leaves(xs) if eqx.is_array(x)]
+    if any(x.ndim == 0 for x in leaves):
+        raise IndexError(f"{name} got a value with no leading axis to scan over.")
+    lengths = {x.shape[0] for x in leaves}
+    if length is not None:
+        lengths.add(int(length))
+    states = items_of_states(name, (None, 0), (init, xs))
+    rule = Rule("state_axes", state_axes, is_axis, states)
+    if not lengths:
+        of_states = size_along(rule, xs, f, state_axes)
+        if of_states is None:
+            raise ValueError(
+                f"{name} got no values to scan over and `length` not provided."
+            )
+        lengths.add(of_states)
+    if len(lengths) > 1:
+        raise ValueError(
+            f"{name} got values with different lengths: {sorted(lengths)}."
+        )
+    entries = Entries(name, rule, lengths.pop())
+    for cell in states:
+        entries.avals(cell, access.current(cell))  # raises where the sizes differ
+    return entries
 
 
 def refuse_states(name: str, role: str, tree: Any) -> None:
-    """Refuses States among what a loop slices: they would be shared by all steps."""
+    """Refuses States in the place of arrays of which there are no single entries."""
     for path, leaf in jtu.tree_leaves_with_path(tree):
         if isinstance(leaf, State):
             raise StateTypeError(
                 message(
                     f"{leaf._cell.describe()} is among the `{role}` of `{name}`, at "
                     f"`{role}{jtu.keystr(path)}`.",
-                    "the arrays beside it are sliced along their leading axis, and the "
-                    "State would be left whole and shared by all steps.",
-                    "reach a State that all steps share by the closure of the body; for "
-                    "one that holds a value for each step, pass `sf.freeze(module)` and "
-                    "return the new values.",
+                    "the arrays beside it are cut along their axis, and the State would "
+                    "be left whole.",
+                    "reach a State by the closure of the function; for one that holds an "
+                    "entry for each element, pass `sf.freeze(module)`.",
                 )
             )
-
-
-def _check_lengths(xs: Any, length: int | None) -> None:
-    """Raises as `jax.lax.scan` does, before the body is traced."""
-    leaves = [x for x in jtu.tree_leaves(xs) if eqx.is_array(x)]
-    if any(x.ndim == 0 for x in leaves):
-        raise IndexError("scan got a value with no leading axis to scan over.")
-    lengths = {x.shape[0] for x in leaves}
-    if length is not None:
-        lengths.add(int(length))
-    if not lengths:
-        raise ValueError("scan got no values to scan over and `length` not provided.")
-    if len(lengths) > 1:
-        raise ValueError(f"scan got values with different lengths: {sorted(lengths)}.")
 
 
 def map(
@@ -150,16 +204,17 @@ def map(
     *,
     batch_size: int | None = None,
     progress: bool | str = False,
+    state_axes: Any = None,
 ) -> Any:
     """As `jax.lax.map`, for functions that read and write States.
 
     **Arguments:**
 
     - `f`: applied to one element after the other.
-    - `xs`: arrays with a leading axis of equal length.
+    - `xs`: arrays, and States that hold arrays, with a leading axis of equal length.
     - `batch_size`: how many elements to do at once, with [`statefun.filter_vmap`][];
-        States are then shared by the elements of a batch.
-    - `progress`: as of [`statefun.scan`][].
+        States that all elements share can then hold nothing that differs in a batch.
+    - `progress`, `state_axes`: as of [`statefun.scan`][].
 
     **Returns:** the results, stacked along a new leading axis.
 
@@ -177,50 +232,97 @@ def map(
         sf.map(f, jnp.arange(4.0))
         ```
     """
-    refuse_states("map", "xs", xs)
-    return _map(f, xs, batch_size, progress)
+    return _map(f, Passed.along(xs), batch_size, progress, Passed(state_axes))
 
 
 @compiled_when_eager
 def _map(
-    f: Callable[[Any], Any], xs: Any, batch_size: int | None, progress: bool | str
+    f: Callable[[Any], Any],
+    xs: Any,
+    batch_size: int | None,
+    progress: bool | str,
+    state_axes: Passed,
 ) -> Any:
+    xs = Passed.open(xs)
     if batch_size is None:
 
         def body(_: Any, x: Any) -> Any:
             return (), f(x)
 
         Named(f, ["_", Parameters(f).positional(0)]).lend_to(body)
-        return scan(body, (), xs, progress=progress)[1]
+        options = (None, False, 1, (), progress, state_axes, "map")
+        return _scan(body, (), xs, *options)[1]
     if batch_size < 1:
         raise ValueError(f"batch_size has to be positive, but is {batch_size}.")
+    entries = _entries("map", f, (), xs, None, state_axes.tree)
+    n = entries.steps
+    whole, rest = n // batch_size, n % batch_size
+    many = functools.partial(_map_batches, f, xs, entries)
+    parts = []
+    if whole or not rest:
+        parts.append(many(0, whole, batch_size, progress))
+    if rest:
+        parts.append(many(n - rest, 1, rest, False))
+    (_, build), *_ = parts
+    outs = zip(*(arrays for arrays, _ in parts), strict=True)
+    return unpack(build([jnp.concatenate(out) for out in outs]))
+
+
+def _map_batches(
+    f: Callable[[Any], Any],
+    xs: Any,
+    entries: Entries,
+    start: int,
+    steps: int,
+    size: int,
+    progress: bool | str,
+) -> tuple[list[Any], Callable[..., Any]]:
+    """Maps `steps` batches of `size` elements each, from the element `start` on.
+
+    **Returns:** the arrays of the result, with those of the States that were made for it,
+    and how to put it together.
+    """
+    stop = start + steps * size
     arrays, build = split_arrays(xs)
-    n = arrays[0].shape[0]
-    batches, rest = n // batch_size, n % batch_size
-    whole = n - rest
-    many = filter_vmap(lambda x: as_arrays(f(x)))
 
-    def reshape(x: Any, into: tuple[int, ...]) -> Any:
-        return x.reshape(*into, *x.shape[1:])
+    def batches(x: Any) -> Any:
+        return x[start:stop].reshape(steps, size, *x.shape[1:])
 
-    frame = access.local.frame
-    assert frame is not None, "a twin runs in a transaction"
-    before = set(frame.created)
+    def unbatched(x: Any) -> Any:
+        return x.reshape(steps * size, *x.shape[2:])
 
-    def opened(out: Any) -> tuple[list[Any], Any]:
-        """The arrays of a result, with those of the States that were made for it."""
-        return split_arrays(pack(out, set(frame.created) - before))
+    def view(cell: Cell, value: Value) -> Value:
+        if entries.avals(cell, value) is None:
+            return value
+        flat, structure = entries.to_front(cell, value)
+        cut = [batches(x) for x in leaves_of(flat, structure)]
+        return flat_of(cut, structure), structure
 
-    outs = []
-    if batches:
-        stacked = build([reshape(x[:whole], (batches, batch_size)) for x in arrays])
-        out = scan(lambda _, x: ((), many(x)), (), stacked, progress=progress)[1]
-        out_arrays, build_out = opened(out)
-        outs.append(([x.reshape(whole, *x.shape[2:]) for x in out_arrays], build_out))
-    if rest or not batches:
-        outs.append(opened(many(build([x[whole:] for x in arrays]))))
-    parts = zip(*(out_arrays for out_arrays, _ in outs), strict=True)
-    return unpack(outs[0][1]([jnp.concatenate(part) for part in parts]))
+    def whole(cell: Cell, value: Value) -> Value:
+        """All entries of a State, those of these batches as they were written."""
+        if entries.axis_of(cell) is None:
+            return value
+        flat, structure = value
+        before = leaves_of(*entries.to_front(cell, access.read(cell)))
+        joined = [
+            jnp.concatenate([old[:start], unbatched(new), old[stop:]])
+            for old, new in zip(before, leaves_of(flat, structure), strict=True)
+        ]
+        return entries.from_front(cell, (flat_of(joined, structure), structure))
+
+    def run() -> Any:
+        axes = entries.in_front()
+        many = filter_vmap(lambda x: as_arrays(f(x)), state_axes=axes)
+        stacked = build([batches(x) for x in arrays])
+        options = (steps, False, 1, (), progress, Passed(axes), "map")
+        return _scan(lambda _, x: ((), many(x)), (), stacked, *options)[1]
+
+    out, written = run_pure(run, view=view)
+    written = written.without(written.created)
+    values = Values((c, whole(c, v)) for c, v in written.values.items())
+    dataclasses.replace(written, values=values).write()
+    out_arrays, build_out = split_arrays(out)
+    return [unbatched(x) for x in out_arrays], build_out
 
 
 @compiled_when_eager

@@ -12,14 +12,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import equinox as eqx
+import jax
+import jax.extend.core as jec
+import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._call.args import spread_prefix
 from .._errors import StateTypeError, StateValueError, message
 from .._state import access
-from .._state.cell import UNSET, Cell
+from .._state.cell import UNSET, Cell, Value
 from .._state.state import State
-from .._state.structure import leaves_of
+from .._state.structure import flat_of, leaves_of
+from .._trace.result import bare_state
 
 
 class Rule:
@@ -42,23 +46,23 @@ class Rule:
         arguments: Mapping[Cell, Any] | None = None,
     ):
         self._for_all = spec if is_item(spec) else None
-        self._pairs = () if spec is None or is_item(spec) else _pairs(keyword, spec)
+        pairs = () if spec is None or is_item(spec) else _pairs(keyword, spec)
         self._arguments = arguments or {}
-        for pattern, item in self._pairs:
+        for pattern, item in pairs:
             if item is not None and not is_item(item):
                 raise _wrong(keyword, spec, f"{item!r} is given for {pattern!r}")
+        # By cell: a State that is an argument as well has a stand-in.
+        self._pairs = [(p._cell if isinstance(p, State) else p, i) for p, i in pairs]
         # A State that is named is part of the function, whatever that reaches it by.
-        access.touch(p._cell for p, _ in self._pairs if isinstance(p, State))
+        access.touch(p for p, _ in self._pairs if isinstance(p, Cell))
 
     def __call__(self, cell: Cell) -> Any:
         """What holds for the State; None if it is shared."""
         if self._for_all is not None:
             return self._for_all
-        state = None if cell.handle is None else cell.handle()
-        if state is not None:
-            for pattern, item in self._pairs:
-                if _matches(pattern, state):
-                    return item
+        for pattern, item in self._pairs:
+            if _matches(pattern, cell):
+                return item
         return self._arguments.get(cell)
 
 
@@ -87,22 +91,32 @@ def _wrong(keyword: str, spec: Any, what: str) -> StateTypeError:
     )
 
 
-def _matches(pattern: Any, state: State) -> bool:
-    if isinstance(pattern, State):
-        return pattern is state
+def _matches(pattern: Any, cell: Cell) -> bool:
+    if isinstance(pattern, Cell):
+        return pattern is cell
     if isinstance(pattern, type):
-        return isinstance(state, pattern)
-    return bool(pattern(state))
+        return issubclass(cell.kind, pattern)
+    state = None if cell.handle is None else cell.handle()
+    return state is not None and bool(pattern(state))
 
 
 def is_axis(item: Any) -> bool:
     return isinstance(item, int) and not isinstance(item, bool)
 
 
-class StateAxes(eqx.Module):
-    """A `state_axes` on its way through a call: its States are arguments like others."""
+class Passed(eqx.Module):
+    """On its way through a call. Bare States in it are arguments, as those of modules."""
 
-    spec: Any
+    tree: Any
+
+    @staticmethod
+    def along(tree: Any) -> Any:
+        """What is mapped, wrapped if it holds a bare State, for `open`."""
+        return tree if bare_state(tree) is None else Passed(tree)
+
+    @staticmethod
+    def open(tree: Any) -> Any:
+        return tree.tree if isinstance(tree, Passed) else tree
 
 
 # -- by arguments --------------------------------------------------------------------
@@ -191,6 +205,57 @@ def size_along(rule: Rule, *roots: Any) -> int | None:
             if -x.ndim <= axis < x.ndim:
                 return x.shape[axis]
     return None
+
+
+class Entries:
+    """States of which each step of a loop sees one entry, as of an array in `xs`.
+
+    **Arguments:**
+
+    - `twin`: its name, for errors.
+    - `axis_of`: the axis of a State along which it is sliced; None if it is shared.
+    - `steps`: how many there are.
+    """
+
+    def __init__(self, twin: str, axis_of: Callable[[Cell], int | None], steps: int):
+        self._twin = twin
+        self.axis_of = axis_of
+        self.steps = steps
+
+    def avals(self, cell: Cell, value: Value) -> list[Any] | None:
+        """What a step sees of a State's arrays; None if it is shared.
+
+        **Raises:** `statefun.StateValueError` if there is not one entry for each step.
+        """
+        axis = self.axis_of(cell)
+        if axis is None or value[0] is UNSET:
+            return None
+        avals = [jax.typeof(x) for x in leaves_of(*value)]
+        check_axis(self._twin, cell, avals, axis, self.steps)
+        return [jec.mapped_aval(self.steps, axis % a.ndim, a) for a in avals]
+
+    def in_front(self) -> list[tuple[Any, int | None]]:
+        """The `state_axes` of a twin inside that sees the entries along axis 0."""
+        return [(lambda s: self.axis_of(s._cell) is not None, 0), (State, None)]
+
+    def to_front(self, cell: Cell, value: Value) -> Value:
+        """The value with the entries along axis 0."""
+        return _moved(value, self.axis_of(cell) or 0, 0)
+
+    def from_front(self, cell: Cell, value: Value) -> Value:
+        """The inverse of `to_front`."""
+        return _moved(value, 0, self.axis_of(cell) or 0)
+
+
+NO_ENTRIES = Entries("", lambda cell: None, 0)
+
+
+def _moved(value: Value, source: int, to: int) -> Value:
+    if source == to:
+        return value
+    flat, structure = value
+    moved = [jnp.moveaxis(x, source, to) for x in leaves_of(flat, structure)]
+    return flat_of(moved, structure), structure
 
 
 def reachable(*roots: Any) -> dict[Cell, State]:

@@ -22,7 +22,6 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -31,7 +30,7 @@ from .._errors import StateValueError, message
 from .._state import access
 from .._state.cell import Cell, Value, Values
 from .._state.state import State
-from .._state.structure import flatten, leaves_of
+from .._state.structure import Structure, flatten
 from .._trace import program as _program
 from .._trace.escape import refuse_left_behind
 from .._trace.frame import Overlay, transaction as transaction
@@ -244,13 +243,17 @@ def jax_arrays(tree: Any) -> Any:
 
 
 def trace_body(
-    run: Callable[..., Any], dynamic: Sequence[Any], named: Named | None = None
+    run: Callable[..., Any],
+    dynamic: Sequence[Any],
+    named: Named | None = None,
+    view: Callable[[Cell, Value], Sequence[Any] | None] | None = None,
 ) -> Program:
     """Traces the body of a transform; `run` takes the arrays one by one.
 
-    `named` is the user's function, and what it calls these arrays: see `names.named`.
+    `named` is the user's function, and what it calls these arrays: see `names.named`;
+    `view` as of `frame.TracedFrame`.
     """
-    return _program.trace(run, dynamic, named=named)
+    return _program.trace(run, dynamic, named=named, view=view)
 
 
 def values_of(cells: Iterable[Cell]) -> Values:
@@ -265,11 +268,14 @@ def note_checks(*programs: Program) -> None:
     frame.checks |= any(p.may_fail for p in programs)
 
 
-def unchanged_types(name: str, program: Program, values: Mapping[Cell, Value]) -> None:
+def unchanged_types(
+    name: str,
+    program: Program,
+    present_avals: Mapping[Cell, tuple[Sequence, Structure]],
+) -> None:
     """Refuses a State that a loop body writes with another structure, shape or dtype."""
     for cell, structure in program.writes.items():
-        flat, present = values[cell]
-        old = [jax.typeof(x) for x in leaves_of(flat, present)]
+        old, present = present_avals[cell]
         new = program.written_avals(cell)
         if structure is not present:
             what = f"a value of structure {structure}, in place of {present}"
