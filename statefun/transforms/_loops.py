@@ -23,7 +23,7 @@ from .._trace.names import Named, Parameters, named
 from .._trace.result import unpack
 from ._carry import Carry, Loop, as_arrays, element
 from ._eager import answering_for, compiled_when_eager
-from ._progress import with_progress
+from ._segments import Checkpoint, as_checkpoint, scan_segments
 from ._state_axes import (
     Entries,
     Passed,
@@ -54,6 +54,7 @@ def _scan(
     options: tuple[tuple[str, Any], ...],
     progress: bool | str,
     state_axes: Passed,
+    checkpoint: Checkpoint = None,
     name: str = "scan",
 ) -> Any:
     xs = Passed.open(xs)
@@ -67,15 +68,11 @@ def _scan(
 
     elements = [element(x) for x in x_arrays]
     loop = Loop(name, carry, run, elements, named(f, (init, xs)), entries)
-    body, sliced = with_progress(
-        progress,
-        entries.steps,
+    final, ys = scan_segments(
         lambda at, x: loop.step(at, *x),
-        (x_arrays, loop.entries),
-        reverse,
-    )
-    final, ys = lax.scan(
-        body, loop.init, sliced, entries.steps, reverse, unroll, **dict(options)
+        *(loop.init, (x_arrays, loop.entries), entries.steps, reverse, unroll),
+        *(checkpoint, progress),
+        **dict(options),
     )
     return loop.finish(final, ys)
 
@@ -92,6 +89,7 @@ def scan(
     *,
     progress: bool | str = False,
     state_axes: Any = None,
+    checkpoint: int | str | None = None,
 ) -> tuple[Any, Any]:
     """As `jax.lax.scan`, for bodies that read and write States.
 
@@ -114,13 +112,20 @@ def scan(
         `progress`). It doesn't change the result.
     - `state_axes`: which States hold an entry for each step, and along which axis, as of
         [`statefun.filter_vmap`][]. None: those in `xs` do, along their leading axis.
+    - `checkpoint`: how much is kept for the backward pass. None: the intermediate values
+        of all `n` steps. An integer: of one segment of so many steps at a time, and the
+        carry at the start of each; the backward pass computes every step a second time.
+        `"sqrt"`: the same with segments of about `sqrt(n)` steps. `"recursive"`:
+        segments in segments, at most 16 to each, so that what is kept grows as `log(n)`;
+        every level computes the steps once more. It changes no result, save for the
+        rounding of gradients.
 
     **Returns:** `(carry, ys)`, the outputs stacked along a new leading axis. A State that
     the body makes and returns in a module comes out with stacked values.
 
     **Raises:** `TypeError` if the carry changes structure, shape or dtype;
     `statefun.StateValueError` if a State does, or if one that is sliced doesn't have one
-    entry for each step.
+    entry for each step; `ValueError` if `checkpoint` is something else.
 
     !!! example
 
@@ -147,6 +152,7 @@ def scan(
         options,
         progress,
         Passed(state_axes),
+        as_checkpoint("scan", checkpoint),
     )
 
 
@@ -205,6 +211,7 @@ def map(
     batch_size: int | None = None,
     progress: bool | str = False,
     state_axes: Any = None,
+    checkpoint: int | str | None = None,
 ) -> Any:
     """As `jax.lax.map`, for functions that read and write States.
 
@@ -214,7 +221,8 @@ def map(
     - `xs`: arrays, and States that hold arrays, with a leading axis of equal length.
     - `batch_size`: how many elements to do at once, with [`statefun.filter_vmap`][];
         States that all elements share can then hold nothing that differs in a batch.
-    - `progress`, `state_axes`: as of [`statefun.scan`][].
+    - `progress`, `state_axes`, `checkpoint`: as of [`statefun.scan`][]; steps are then
+        batches, if there is a `batch_size`.
 
     **Returns:** the results, stacked along a new leading axis.
 
@@ -232,7 +240,10 @@ def map(
         sf.map(f, jnp.arange(4.0))
         ```
     """
-    return _map(f, Passed.along(xs), batch_size, progress, Passed(state_axes))
+    return _map(
+        *(f, Passed.along(xs), batch_size, progress, Passed(state_axes)),
+        as_checkpoint("map", checkpoint),
+    )
 
 
 @compiled_when_eager
@@ -242,6 +253,7 @@ def _map(
     batch_size: int | None,
     progress: bool | str,
     state_axes: Passed,
+    checkpoint: Checkpoint,
 ) -> Any:
     xs = Passed.open(xs)
     if batch_size is None:
@@ -250,7 +262,7 @@ def _map(
             return (), f(x)
 
         Named(f, ["_", Parameters(f).positional(0)]).lend_to(body)
-        options = (None, False, 1, (), progress, state_axes, "map")
+        options = (None, False, 1, (), progress, state_axes, checkpoint, "map")
         return _scan(body, (), xs, *options)[1]
     if batch_size < 1:
         raise ValueError(f"batch_size has to be positive, but is {batch_size}.")
@@ -260,9 +272,9 @@ def _map(
     many = functools.partial(_map_batches, f, xs, entries)
     parts = []
     if whole or not rest:
-        parts.append(many(0, whole, batch_size, progress))
+        parts.append(many(0, whole, batch_size, progress, checkpoint))
     if rest:
-        parts.append(many(n - rest, 1, rest, False))
+        parts.append(many(n - rest, 1, rest, False, checkpoint))
     (_, build), *_ = parts
     outs = zip(*(arrays for arrays, _ in parts), strict=True)
     return unpack(build([jnp.concatenate(out) for out in outs]))
@@ -276,6 +288,7 @@ def _map_batches(
     steps: int,
     size: int,
     progress: bool | str,
+    checkpoint: Checkpoint,
 ) -> tuple[list[Any], Callable[..., Any]]:
     """Maps `steps` batches of `size` elements each, from the element `start` on.
 
@@ -314,7 +327,7 @@ def _map_batches(
         axes = entries.in_front()
         many = filter_vmap(lambda x: as_arrays(f(x)), state_axes=axes)
         stacked = build([batches(x) for x in arrays])
-        options = (steps, False, 1, (), progress, Passed(axes), "map")
+        options = (steps, False, 1, (), progress, Passed(axes), checkpoint, "map")
         return _scan(lambda _, x: ((), many(x)), (), stacked, *options)[1]
 
     out, written = run_pure(run, view=view)
@@ -333,6 +346,7 @@ def _fori_loop(
     init_val: Any,
     unroll: int | bool | None,
     progress: bool | str,
+    checkpoint: Checkpoint,
 ) -> Any:
     carry = Carry("fori_loop", init_val)
 
@@ -343,15 +357,14 @@ def _fori_loop(
     (first, *others) = named(body_fun, (jnp.zeros(()), init_val)).labels
     names = Named(body_fun, [*others, first])  # `run` takes the index last
     loop = Loop("fori_loop", carry, run, [index], names)
-    if progress is False:
+    if progress is False and checkpoint is None:
         final = lax.fori_loop(
             lower, upper, lambda i, at: loop.step(at, [i])[0], loop.init, unroll=unroll
         )
         return loop.finish(final)[0]
     if isinstance(lower, Tracer) or isinstance(upper, Tracer):
-        raise ValueError(
-            "a progress bar needs loop bounds that are known when tracing."
-        )
+        what = "a progress bar" if checkpoint is None else "a checkpointed `fori_loop`"
+        raise ValueError(f"{what} needs loop bounds that are known when tracing.")
     steps = max(int(upper) - int(lower), 0)
     index = jnp.asarray(lower)
 
@@ -359,9 +372,10 @@ def _fori_loop(
         i, loop_at = at
         return (i + 1, loop.step(loop_at, [i])[0]), []
 
-    body, xs = with_progress(progress, steps, count, [])
-    options = {} if unroll is None else {"unroll": unroll}
-    (_, final), _ = lax.scan(body, (index, loop.init), xs, length=steps, **options)  # type: ignore[arg-type]
+    (_, final), _ = scan_segments(
+        *(count, (index, loop.init), [], steps, False),
+        *(1 if unroll is None else unroll, checkpoint, progress),
+    )
     return loop.finish(final)[0]
 
 
@@ -386,6 +400,7 @@ def fori_loop(
     *,
     unroll: int | bool | None = None,
     progress: bool | str = False,
+    checkpoint: int | str | None = None,
 ) -> Any:
     """As `jax.lax.fori_loop`, for bodies that read and write States.
 
@@ -395,7 +410,8 @@ def fori_loop(
     - `body_fun`: `(i, val) -> val`.
     - `init_val`: the first value. Leaves that are no arrays must stay the same.
     - `unroll`: as in `jax.lax.fori_loop`.
-    - `progress`: as of [`statefun.scan`][]; the bounds must be known when tracing.
+    - `progress`, `checkpoint`: as of [`statefun.scan`][]; the bounds must be known when
+        tracing.
 
     **Returns:** the last value.
 
@@ -415,7 +431,10 @@ def fori_loop(
         sf.fori_loop(0, 3, body, jnp.array(1.0))
         ```
     """
-    return _fori_loop(lower, upper, body_fun, as_arrays(init_val), unroll, progress)
+    return _fori_loop(
+        *(lower, upper, body_fun, as_arrays(init_val), unroll, progress),
+        as_checkpoint("fori_loop", checkpoint),
+    )
 
 
 @compiled_when_eager

@@ -42,9 +42,9 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize(
     ("name", "added"),
     [
-        ("scan", ["progress", "state_axes"]),
-        ("map", ["progress", "state_axes"]),
-        ("fori_loop", ["progress"]),
+        ("scan", ["progress", "state_axes", "checkpoint"]),
+        ("map", ["progress", "state_axes", "checkpoint"]),
+        ("fori_loop", ["progress", "checkpoint"]),
         ("while_loop", []),
         ("associative_scan", []),
     ],
@@ -57,7 +57,7 @@ def test_the_signature_is_that_of_jax_with_our_keywords_after(name, added):
         assert (ours[p].kind, ours[p].default) == (theirs[p].kind, theirs[p].default)
     for p in added:
         assert ours[p].kind == inspect.Parameter.KEYWORD_ONLY
-        assert ours[p].default is (None if p == "state_axes" else False)
+        assert ours[p].default is (False if p == "progress" else None)
 
 
 def add(c, x):
