@@ -7,6 +7,7 @@ it was created), why, and what to write instead. Tests match the first line.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -82,6 +83,28 @@ def foreign_read(cell: Cell) -> StateTraceError:
             "the compiled code, and later changes of the State would be ignored.",
             f"use the transform of the same name from statefun ({_TWINS}), or read the "
             "State outside and pass the value in.",
+        )
+    )
+
+
+def escaped_tracer(cells: Collection[Cell]) -> StateTraceError:
+    """For a tracer that a program refers to when every trace around it has ended.
+
+    **Arguments:**
+
+    - `cells`: the States that were read inside raw transforms.
+    """
+    read = ", ".join(cell.describe() for cell in cells)
+    what = f"the value of {read}" if read else "a value"
+    return StateTraceError(
+        message(
+            f"{what} was used outside of the transform that it is traced by.",
+            "a raw `jax.custom_jvp`, `jax.custom_vjp` or one of Equinox runs its function "
+            "outside of the derivative that is taken, unless it is one with respect to "
+            "its arguments; and a tracer that was stored somewhere is meaningless when "
+            "its transform has ended.",
+            "`sf.filter_custom_jvp` and `sf.filter_custom_vjp`, which know of States; or "
+            "pass the State's value as an argument.",
         )
     )
 

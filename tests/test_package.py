@@ -38,7 +38,7 @@ LAYERS = (
     ("_state.access",),
     ("_state.state",),
     ("_state.tree",),
-    ("_trace.stale", "_trace.names", "_trace.escape"),
+    ("_trace.stale", "_trace.names", "_trace.escape", "_trace.nondiff"),
     ("_trace.frame",),
     ("_trace.result",),
     ("_trace.program",),

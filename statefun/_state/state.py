@@ -145,12 +145,16 @@ class State(Holder, Generic[T]):
         return self is other
 
     def __hash__(self) -> int:
+        if access.local.frame is not None:
+            # What a raw jit in here keeps of the value is looked after by the frame, see
+            # `_trace.stale`; libraries that compile (diffrax) get modules with States.
+            return id(self)
         raise StateTypeError(
             message(
                 f"{self._cell.describe()} was hashed.",
-                "a State can't be hashed, on purpose: `eqx.filter_jit` and "
-                "`jax.jit(static_argnums=…)` would take it for a static value and freeze "
-                "its present value into the compiled code.",
+                "outside of twins a State can't be hashed, on purpose: `eqx.filter_jit` "
+                "and `jax.jit(static_argnums=…)` would take it for a static value and "
+                "freeze its present value into the compiled code.",
                 "`sf.filter_jit` in place of `eqx.filter_jit`; as the key of a dict, "
                 "`id(state)`.",
             )

@@ -40,6 +40,7 @@ from .._state.access import StandIns, current, local, read_inside_raw_transform
 from .._state.cell import UNSET, Cell, Value, commit, committed
 from .._state.handed import Handed
 from .._state.structure import Structure, flat_of, leaves_of
+from .nondiff import as_read_by_solver
 from .stale import (
     forget_inner_traces,
     leave_trace_context,
@@ -119,7 +120,7 @@ class Frame:
     def read(self, cell: Cell) -> Value:
         if not self.is_current():
             self._foreign_read(cell)
-        return self.peek(cell)
+        return as_read_by_solver(cell, self.peek(cell))
 
     def peek(self, cell: Cell) -> Value:
         """`read` by a frame further up, whose trace is not the current one."""
@@ -349,6 +350,10 @@ class TracedFrame(Frame):
     def __exit__(self, kind: Any, *rest: Any) -> None:
         self.known = {}
         super().__exit__(kind, *rest)
+        if kind is not None and self.kept:
+            # JAX has cached what raw transforms made inside; without a jaxpr there are
+            # no probes to look for.
+            forget_inner_traces()
 
 
 # -- running in a frame --------------------------------------------------------------

@@ -18,6 +18,7 @@ import jax.extend.core as jec
 
 from .. import _compat
 from .._compat import Tracer
+from .._errors import escaped_tracer
 from .._state.access import StandIns
 from .._state.cell import Cell, Value, Values
 from .._state.structure import Structure, flat_of, leaves_of
@@ -171,6 +172,7 @@ def trace(
     **Raises:** `TypeError` if a State is returned bare or in a plain container;
     `StateTraceError` if the function leaves a State that it made anywhere else.
     """
+    at_top = _compat.at_top_level()
     seen_as = StandIns(stand_ins) if stand_ins else None
     frame = TracedFrame(known, seen_as, view)
     found: dict[str, Any] = {}
@@ -194,6 +196,9 @@ def trace(
         named.lend_to(flat)
     with stale.trace_context():
         closed = jax.make_jaxpr(flat, axis_env=axis_env)(*dynamic)
+    if at_top and any(isinstance(x, Tracer) for x in closed.consts):
+        # No trace is left that it could belong to.
+        raise escaped_tracer([c for c in frame.order if c in frame.kept])
     refuse_left_behind(frame.created, run, static, found["out"], found["writes"])
     n_reads = sum(len(s.slots) for s in found["reads"].values())
     closed, probes = lift(closed, n_reads)

@@ -21,10 +21,6 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import jax
-import jax.tree_util as jtu
-from jax.custom_derivatives import SymbolicZero
-
 from .. import _compat
 from .._compat import Tracer
 from .._errors import StateTraceError, message
@@ -32,6 +28,7 @@ from .._state import access
 from .._state.cell import Cell, Value, Values
 from .._state.structure import Structure, leaves_of
 from .._trace.frame import TracedFrame
+from .._trace.nondiff import not_differentiated
 from .._trace.program import Program
 from .._trace.result import unpack
 from ._twin import (
@@ -220,7 +217,9 @@ class Touched:
 
     def values(self) -> Values:
         """What the States hold, as arguments that must not be differentiated."""
-        return _not_differentiated(self._name, self._values)
+        return not_differentiated(
+            self._values, functools.partial(_differentiated, self._name)
+        )
 
     def run(self, run: Callable[[], Any], inside: Values) -> tuple[Any, Updates]:
         """Runs the function or a rule: its result, and what the States hold then."""
@@ -258,34 +257,13 @@ def too_late(name: str, cell: Cell, what: str) -> StateTraceError:
     )
 
 
-def _not_differentiated(name: str, values: Values) -> Values:
-    """The values, such that differentiating with respect to them raises."""
-    if not values:
-        return values
-
-    @jax.custom_jvp
-    def identity(values: Values) -> Values:
-        return values
-
-    def rule(primals: Any, tangents: Any) -> Any:
-        ((values,), (tangents,)) = primals, tangents
-        for cell, (tangent, _) in tangents.items():
-            leaves = jtu.tree_leaves(tangent, is_leaf=_is_zero)
-            if not all(map(_is_zero, leaves)):
-                raise StateTraceError(
-                    message(
-                        f"{cell.describe()} is read in {name}, which has a custom "
-                        "derivative, and was differentiated.",
-                        "the rule gives derivatives for the function's arguments only; "
-                        "that of the State would be silently zero.",
-                        "pass the State's value as an argument.",
-                    )
-                )
-        return values, tangents
-
-    identity.defjvp(rule, symbolic_zeros=True)
-    return identity(values)
-
-
-def _is_zero(x: Any) -> bool:
-    return isinstance(x, SymbolicZero)
+def _differentiated(name: str, cell: Cell) -> StateTraceError:
+    return StateTraceError(
+        message(
+            f"{cell.describe()} is read in {name}, which has a custom derivative, and "
+            "was differentiated.",
+            "the rule gives derivatives for the function's arguments only; that of the "
+            "State would be silently zero.",
+            "pass the State's value as an argument.",
+        )
+    )
