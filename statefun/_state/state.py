@@ -379,6 +379,21 @@ def is_state(x: Any) -> bool:
 
     Meant as the `is_leaf` or filter argument of tree functions; a State is a leaf
     anyway.
+
+    **Arguments:**
+
+    - `x`: anything.
+
+    **Returns:** a bool.
+
+    !!! example
+
+        ```python
+        import equinox as eqx, jax.numpy as jnp, statefun as sf
+
+        model = {"w": sf.Param(jnp.ones(2)), "size": 2}
+        states, rest = eqx.partition(model, sf.is_state)
+        ```
     """
     return isinstance(x, State)
 

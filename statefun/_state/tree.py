@@ -109,6 +109,8 @@ def freeze(tree: T) -> T:
 
     - `tree`: any pytree.
 
+    **Returns:** the tree, with values in the place of States.
+
     !!! example
 
         ```python
@@ -355,6 +357,8 @@ def clone(tree: T) -> T:
     **Arguments:**
 
     - `tree`: any pytree.
+
+    **Returns:** a tree of the same structure.
 
     !!! example
 

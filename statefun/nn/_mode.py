@@ -79,6 +79,8 @@ def train_mode(pytree: T) -> T:
 
     - `pytree`: any pytree, or a State.
 
+    **Returns:** the same pytree with other flags.
+
     !!! example
 
         ```python

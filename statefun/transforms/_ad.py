@@ -235,8 +235,9 @@ def filter_jacrev(
 ) -> Callable[..., Any]:
     """As `equinox.filter_jacrev`, for functions that read and write States.
 
-    Arguments, result and example as of [`statefun.filter_jacfwd`][]; evaluated in
-    reverse mode.
+    As [`statefun.filter_jacfwd`][], but evaluated in reverse mode.
+
+    **Arguments:** and **Returns:** as of [`statefun.filter_jacfwd`][].
 
     !!! example
 

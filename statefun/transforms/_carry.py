@@ -19,6 +19,7 @@ from .._state.structure import Structure, leaves_of
 from .._trace.names import Named
 from .._trace.program import Program
 from ._state_axes import NO_ENTRIES, Entries
+from .._trace.result import refuse_bare_state
 from ._twin import (
     jax_arrays,
     note_checks,
@@ -42,6 +43,7 @@ class Carry:
 
     def check(self, out: Any) -> list[Any]:
         """The arrays of what the body returned, if it is like what it was given."""
+        refuse_bare_state(out, "returned")
         if not _same_layout(self.init, out):
             raise TypeError(
                 f"{self._name} body function carry input and carry output must have the "
