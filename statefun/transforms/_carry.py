@@ -18,8 +18,8 @@ from .._state.static import static_key, treedef_key
 from .._state.structure import Structure, leaves_of
 from .._trace.names import Named
 from .._trace.program import Program
-from ._state_axes import NO_ENTRIES, Entries
 from .._trace.result import refuse_bare_state
+from ._state_axes import NO_ENTRIES, Entries
 from ._twin import (
     jax_arrays,
     note_checks,

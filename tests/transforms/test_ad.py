@@ -1,7 +1,5 @@
 """`filter_jvp`, `filter_vjp`, the Jacobians and the Hessian."""
 
-import inspect
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -39,19 +37,6 @@ class Holder(eqx.Module):
 
 
 # -- as in Equinox ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["filter_jvp", "filter_vjp", *JACOBIANS])
-def test_the_signature_is_that_of_equinox_with_our_keywords_after(name):
-    ours = inspect.signature(getattr(sf, name)).parameters
-    theirs = inspect.signature(getattr(eqx, name)).parameters
-    assert [p for p in ours if p != "wrt"] == list(theirs)
-    for p in theirs:
-        assert (ours[p].kind, ours[p].default) == (theirs[p].kind, theirs[p].default)
-    assert ("wrt" in ours) == (name in JACOBIANS)
-    if "wrt" in ours:
-        assert ours["wrt"].kind == inspect.Parameter.KEYWORD_ONLY
-        assert ours["wrt"].default is None
 
 
 def test_filter_linearize_is_there_exactly_if_equinox_has_one():

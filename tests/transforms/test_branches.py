@@ -1,7 +1,5 @@
 """`cond` and `switch`: those of `jax.lax`, with States in the branches."""
 
-import inspect
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -37,17 +35,6 @@ def assert_same(ours, theirs):
 
 
 # -- as in jax.lax ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["cond", "switch"])
-def test_the_signature_is_that_of_jax(name):
-    ours = inspect.signature(getattr(sf, name)).parameters
-    theirs = inspect.signature(getattr(jax.lax, name)).parameters
-    assert list(ours) == list(theirs)
-    for p in theirs:
-        assert ours[p].kind == theirs[p].kind
-        if p != "operand":  # a mark for "not given" in both
-            assert ours[p].default == theirs[p].default
 
 
 def double(x):

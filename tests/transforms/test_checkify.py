@@ -1,7 +1,5 @@
 """`checkify`, and checks that keep States from being written."""
 
-import inspect
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -28,14 +26,6 @@ def count():
 @pytest.fixture
 def last():
     return sf.State(jnp.array(0.0), name="last")
-
-
-def test_the_signature_is_that_of_jax():
-    ours = inspect.signature(sf.checkify).parameters
-    theirs = inspect.signature(checkify.checkify).parameters
-    assert list(ours) == list(theirs)
-    for p in theirs:
-        assert (ours[p].kind, ours[p].default) == (theirs[p].kind, theirs[p].default)
 
 
 def pure(x, y=1.0):

@@ -1,7 +1,5 @@
 """`filter_checkpoint`: Equinox's, and States that are written exactly once."""
 
-import inspect
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -25,16 +23,6 @@ def count():
 
 
 # -- as in Equinox ------------------------------------------------------------------
-
-
-def test_the_signature_is_that_of_equinox():
-    ours = inspect.signature(sf.filter_checkpoint).parameters
-    theirs = inspect.signature(eqx.filter_checkpoint).parameters
-    assert list(ours) == list(theirs)
-    for p in theirs:
-        assert ours[p].kind == theirs[p].kind
-        if p != "fun":  # left out, to use the rest as a decorator
-            assert ours[p].default == theirs[p].default
 
 
 PURE = {

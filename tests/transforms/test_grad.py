@@ -1,7 +1,5 @@
 """`filter_grad` and `filter_value_and_grad`: Equinox's, and gradients of States."""
 
-import inspect
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -42,20 +40,6 @@ def count():
 
 
 # -- as in Equinox ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["filter_grad", "filter_value_and_grad"])
-def test_the_signature_is_that_of_equinox_with_our_keyword_after(name):
-    ours = inspect.signature(getattr(sf, name)).parameters
-    theirs = inspect.signature(getattr(eqx, name)).parameters
-    shared = [p for p in ours if p in theirs]
-    assert shared == list(theirs)
-    assert [p for p in ours if p not in theirs] == ["wrt"]
-    for p in theirs:
-        assert ours[p].kind == theirs[p].kind
-    assert ours["has_aux"].default == theirs["has_aux"].default
-    assert ours["wrt"].default is None
-    assert ours["wrt"].kind == inspect.Parameter.KEYWORD_ONLY
 
 
 PURE = {

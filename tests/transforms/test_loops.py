@@ -3,7 +3,6 @@ States that the bodies read and write."""
 
 import functools
 import gc
-import inspect
 import tracemalloc
 
 import equinox as eqx
@@ -37,27 +36,6 @@ def assert_same(ours, theirs):
 
 
 # -- as in jax.lax ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "added"),
-    [
-        ("scan", ["progress", "state_axes", "checkpoint"]),
-        ("map", ["progress", "state_axes", "checkpoint"]),
-        ("fori_loop", ["progress", "checkpoint"]),
-        ("while_loop", []),
-        ("associative_scan", []),
-    ],
-)
-def test_the_signature_is_that_of_jax_with_our_keywords_after(name, added):
-    ours = inspect.signature(getattr(sf, name)).parameters
-    theirs = inspect.signature(getattr(jax.lax, name)).parameters
-    assert list(ours) == [*theirs, *added]
-    for p in theirs:
-        assert (ours[p].kind, ours[p].default) == (theirs[p].kind, theirs[p].default)
-    for p in added:
-        assert ours[p].kind == inspect.Parameter.KEYWORD_ONLY
-        assert ours[p].default is (False if p == "progress" else None)
 
 
 def add(c, x):

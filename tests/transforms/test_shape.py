@@ -1,7 +1,5 @@
 """`filter_eval_shape`, `filter_make_jaxpr`, `filter_closure_convert`."""
 
-import inspect
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -41,15 +39,6 @@ class Net(eqx.Module):
         y = self.linear.value(x)
         self.mean.value = self.mean.value + y
         return y
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_signature_is_that_of_equinox(name):
-    ours = inspect.signature(getattr(sf, name)).parameters
-    theirs = inspect.signature(getattr(eqx, name)).parameters
-    assert list(ours) == list(theirs)
-    for p in theirs:
-        assert (ours[p].kind, ours[p].default) == (theirs[p].kind, theirs[p].default)
 
 
 def pure(x, f=jnp.sin, n=2):
