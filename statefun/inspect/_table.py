@@ -113,7 +113,7 @@ def _states(report: Report) -> Any:
         _add(table, label, use.kind, *name, type, size(use.bytes), *marks)
     if len(report.states) > 1:
         total = size(sum(use.bytes for use in report.states))
-        _add(table, "together", "", *[""] * named, "", total, "", "", "")
+        _add(table, "total", "", *[""] * named, "", total, "", "", "")
     return table
 
 
@@ -136,7 +136,7 @@ def _leaves(title: str, leaves: Sequence[Leaf]) -> Any:
     if rest:
         _add(table, f"… {len(rest)} more", "", _sum(rest), "")
     if len(leaves) > 1:
-        _add(table, "together", "", _sum(leaves), "")
+        _add(table, "total", "", _sum(leaves), "")
     return table
 
 
@@ -145,7 +145,7 @@ def _sum(leaves: Iterable[Leaf]) -> str:
 
 
 def _equations(report: Report, n: int, m: int) -> Any:
-    columns = [("primitive", {}), ("traced", _RIGHT), ("optimised", _RIGHT)]
+    columns = [("primitive", {}), ("traced", _RIGHT), ("optimized", _RIGHT)]
     table = _table("Equations", columns)
     names = list(dict.fromkeys([*report.equations, *report.optimized]))
     before, after = report.equations, report.optimized
@@ -155,7 +155,7 @@ def _equations(report: Report, n: int, m: int) -> Any:
     if rest:
         sums = [sum(c.get(x, 0) for x in rest) for c in (before, after)]
         _add(table, f"{len(rest)} others", *map(str, sums))
-    _add(table, "together", str(n), str(m))
+    _add(table, "total", str(n), str(m))
     return table
 
 

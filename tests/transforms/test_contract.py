@@ -269,9 +269,9 @@ OURS = {
     "filter_jacrev": {"wrt"},
     "filter_hessian": {"wrt"},
     "filter_vmap": {"state_axes"},
-    "scan": {"progress"},
-    "map": {"progress"},
-    "fori_loop": {"progress"},
+    "scan": {"progress", "state_axes", "checkpoint"},
+    "map": {"progress", "state_axes", "checkpoint"},
+    "fori_loop": {"progress", "checkpoint"},
     "shard_map": {"state_specs"},
 }
 """Keywords that a twin has beside those of what it stands for."""
