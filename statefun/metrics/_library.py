@@ -15,7 +15,7 @@ from .._state.state import State
 
 @runtime_checkable
 class LibraryMetric(Protocol):
-    """What `Metric` needs of a library: pytrees that can be merged.
+    """What `Metric` requires of a library's metric: a pytree that can be merged.
 
     Metrics of metrax and of clu are like this.
     """
@@ -97,11 +97,11 @@ class Metric(eqx.Module):
     def compute(self) -> Any:
         """The metric so far.
 
-        **Returns:** what the library computes; without data, what it says of its empty
-        metric (metrax's `Precision` and `MSE` are 0 then).
+        **Returns:** what the library computes; without data, what it computes for its
+        empty metric (metrax's `Precision` and `MSE` are 0 then).
 
-        **Raises:** `ValueError` if there are no data, and the library has no answer to
-        that.
+        **Raises:** `ValueError` if there is no data and the library's metric has no
+        value without.
         """
         value = self.state.value
         try:
@@ -116,7 +116,7 @@ class Metric(eqx.Module):
             ) from error
 
     def reset(self) -> None:
-        """Starts again."""
+        """Resets the accumulators to those of the empty metric."""
         self.state.value = self.kind.empty()
 
 

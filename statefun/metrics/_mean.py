@@ -16,7 +16,7 @@ from .._trace import frame as _frame
 
 
 class Mean(eqx.Module):
-    """The mean of all values that were given, optionally weighted.
+    """The mean of all values so far, optionally weighted.
 
     **Arguments:**
 
@@ -49,13 +49,13 @@ class Mean(eqx.Module):
         self.axis_name = axis_name
 
     def update(self, values: ArrayLike, weights: ArrayLike | None = None) -> None:
-        """Adds values.
+        """Adds values to the mean.
 
         **Arguments:**
 
         - `values`: of any shape.
-        - `weights`: of a shape that broadcasts to it; 1 if not given. A mask of booleans
-            leaves values out, also if they are NaN.
+        - `weights`: of a shape that broadcasts to it; 1 if not given. A mask of
+            booleans excludes values, even NaN.
 
         **Raises:** `ValueError` if `weights` doesn't broadcast to the shape of `values`.
         `NameError` if no axis of the metric's name is mapped.
@@ -100,11 +100,11 @@ class Mean(eqx.Module):
             ) from error
 
     def compute(self) -> Float[Array, ""]:
-        """The mean so far; NaN if there was no value, or only of weight zero."""
+        """The mean so far; NaN without values, or if all have weight zero."""
         return self.total.value / self.weight.value
 
     def reset(self) -> None:
-        """Starts again."""
+        """Resets the sums to zero."""
 
         def clear() -> None:
             self.total.value = jnp.zeros_like(self.total.value)
@@ -114,7 +114,7 @@ class Mean(eqx.Module):
 
 
 class Accuracy(eqx.Module):
-    """The share of predictions that are right.
+    """The fraction of correct predictions.
 
     **Arguments:**
 
@@ -144,7 +144,7 @@ class Accuracy(eqx.Module):
     def update(
         self, predictions: Array, labels: Array, weights: ArrayLike | None = None
     ) -> None:
-        """Adds predictions.
+        """Adds predictions to the accuracy.
 
         **Arguments:**
 
@@ -153,7 +153,7 @@ class Accuracy(eqx.Module):
         - `labels`: integers of shape `shape`.
         - `weights`: as of `Mean.update`.
 
-        **Raises:** `ValueError` if the shapes don't go together.
+        **Raises:** `ValueError` if the shapes don't match.
         """
         if (
             predictions.shape[:-1] == labels.shape
@@ -175,9 +175,9 @@ class Accuracy(eqx.Module):
         self.mean.update(predictions == labels.astype(predictions.dtype), weights)
 
     def compute(self) -> Float[Array, ""]:
-        """The share so far; NaN if there was no prediction."""
+        """The fraction so far; NaN if there was no prediction."""
         return self.mean.compute()
 
     def reset(self) -> None:
-        """Starts again."""
+        """Resets the sums to zero."""
         self.mean.reset()

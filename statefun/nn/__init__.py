@@ -1,6 +1,6 @@
-"""Layers that change while they are used: what Equinox can't do well without States.
+"""Layers that change while they are used.
 
-Everything else is in `equinox.nn`, and these take its place where they share a name.
+All others are in `equinox.nn`; layers of the same name stand in for Equinox's.
 """
 
 from ._attention import (

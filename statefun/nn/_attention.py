@@ -1,4 +1,4 @@
-"""`KVCache`: attention that remembers the keys and values of what it has seen."""
+"""`KVCache`: attention with a cache of the keys and values seen so far."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .._state.state import State
 def _attend(query: Array, keys: Array, values: Array, seen: Array) -> Array:
     """Attention of `(tokens, heads, size)` to `(length, heads, size)`.
 
-    As `equinox.nn.MultiheadAttention` does it. (`jax.nn.dot_product_attention` wants keys
-    and values of one size.)
+    As `equinox.nn.MultiheadAttention` does it. (`jax.nn.dot_product_attention` requires
+    keys and values of one size.)
     """
     query = query / math.sqrt(query.shape[-1])
     logits = jnp.einsum("thd,lhd->htl", query, keys)
@@ -58,10 +58,10 @@ class KVCache(eqx.Module):
         `state_axes=[(sf.nn.Cache, 0)]`.)
     - `process_heads`: called with queries, keys, values (each of shape
         `(tokens, heads, size)`) and the positions of the tokens, and returns the three;
-        for rotary embeddings. Cached are the keys that it returns.
-    - `checked`: whether a call that doesn't fit raises. The check needs the position, so
-        every call is waited for; without it tokens too many are dropped, and the output
-        for them is meaningless.
+        for rotary embeddings. The keys that it returns are cached.
+    - `checked`: whether a call that doesn't fit raises. The check needs the position,
+        so every call blocks; without it surplus tokens are dropped, and the output for
+        them is meaningless.
 
     **Attributes:**
 
@@ -118,14 +118,14 @@ class KVCache(eqx.Module):
 
         - `x`: of shape `(*batch_shape, tokens, size)`.
         - `lengths`: how many of the tokens count, for each example, of shape
-            `batch_shape`; the rest is padding, is not kept, and its outputs are
+            `batch_shape`; the rest is padding: it is not cached, and its outputs are
             meaningless.
 
         **Returns:** an array of shape `(*batch_shape, tokens, output_size)`.
 
-        **Raises:** `ValueError` if `x` has another batch shape or more tokens than there
-        can be room for. `equinox.EquinoxRuntimeError` if there is no room left for them,
-        if `checked`; the cache is as before then.
+        **Raises:** `ValueError` if `x` has another batch shape, or more tokens than
+        `max_length`. If `checked`, `equinox.EquinoxRuntimeError` if there is not enough
+        room left; the cache is unchanged then.
         """
         tokens = self._check(x)
         position = self.position.value
@@ -150,13 +150,13 @@ class KVCache(eqx.Module):
         return out
 
     def reset(self, where: Any = None) -> None:
-        """Forgets everything.
+        """Empties the cache.
 
         **Arguments:**
 
-        - `where`: booleans of shape `batch_shape`: only these examples.
+        - `where`: booleans of shape `batch_shape`: resets only these examples.
         """
-        # What is behind the position is never looked at.
+        # What is beyond the position is never read.
         old = self.position.value
         new = jnp.zeros_like(old)
         self.position.value = new if where is None else jnp.where(where, new, old)

@@ -19,9 +19,9 @@ class BatchNorm(eqx.Module):
     """As `equinox.nn.BatchNorm`, with the running statistics in States.
 
     Computes mean and variance of every channel over the batch and all spatial axes, and
-    normalises with them; then an affine transformation for each channel. In inference
-    mode the running statistics are used in place of those of the batch, and nothing is
-    written.
+    normalizes with them; then applies an affine transformation to each channel. In
+    inference mode the running statistics are used in place of those of the batch, and
+    nothing is written.
 
     The batch is an axis of the array, or the mapped axes that `axis_name` names, or both:
 
@@ -39,7 +39,8 @@ class BatchNorm(eqx.Module):
         batch. None: the batch is `batch_axis`.
     - `eps`: added to the variance.
     - `channelwise_affine`: whether there are a weight and a bias for every channel.
-    - `momentum`: the share of the old in the running statistics, between 0 and 1.
+    - `momentum`: the weight of the old statistics in the running average, between 0 and
+        1.
     - `inference`: whether to use the running statistics; see
         [`statefun.nn.inference_mode`][].
     - `dtype`: of weight, bias and statistics; JAX's default float if None.
@@ -50,9 +51,9 @@ class BatchNorm(eqx.Module):
 
     **Attributes:**
 
-    - `running_mean`, `running_var`: States of shape `(input_size,)`, zeros and ones in an
-        untrained layer. They are what inference uses, as they are: to load the statistics
-        of a trained network, write them.
+    - `running_mean`, `running_var`: States of shape `(input_size,)`, zeros and ones in
+        an untrained layer. Inference uses them as they are: to load the statistics of a
+        trained network, write them.
     - `count`: a State, the number of batches that the statistics are an average of. It
         stays 0 where training goes on from statistics that were written.
 
@@ -129,19 +130,19 @@ class BatchNorm(eqx.Module):
     def __call__(
         self, x: Array, *, key: Any = None, inference: bool | None = None
     ) -> Array:
-        """Normalises.
+        """Normalizes the input.
 
         **Arguments:**
 
         - `x`: of shape `(input_size, *spatial)`, with the batch axis if there is one.
-        - `key`: not used, there for compatibility.
-        - `inference`: if given, in place of the layer's own flag.
+        - `key`: unused; for compatibility with Equinox's layers.
+        - `inference`: overrides the layer's own flag.
 
         **Returns:** an array of the shape and dtype of `x`.
 
-        **Raises:** `NameError` if no axis of that name is mapped. `ValueError` if `x` has
-        another number of channels, or in training if there is but one value for each
-        channel (a batch of one without spatial axes), of which there is no variance.
+        **Raises:** `NameError` if no axis of that name is mapped. `ValueError` if `x`
+        has another number of channels, or in training if there is only one value for
+        each channel (a batch of one without spatial axes), which has no variance.
         """
         del key
         axis = self.batch_axis
@@ -191,7 +192,7 @@ class BatchNorm(eqx.Module):
                     "the variance of one value is zero: the output would be the bias, "
                     "whatever the input, and no gradient would flow.",
                     "use a larger batch (drop the last, short one), or "
-                    "`sf.nn.inference_mode(model)` to normalise with the running "
+                    "`sf.nn.inference_mode(model)` to normalize with the running "
                     "statistics.",
                 )
             )
@@ -201,8 +202,8 @@ class BatchNorm(eqx.Module):
         return mean, var
 
     def _over_lanes(self, v: Array) -> Array:
-        # One after the other: vmap and shard_map tell apart what varies in other ways, and
-        # pmean takes only axes of one way at a time.
+        # One after the other: vmap and shard_map track what varies in different ways,
+        # and pmean takes only axes of one of them at a time.
         for name in self.axis_name:
             try:
                 v = lax.pmean(v, name)
@@ -243,7 +244,7 @@ class BatchNorm(eqx.Module):
             self.running_mean.value,
             self.running_var.value,
         )
-        # Of a layer that has seen nothing, unless somebody has written its statistics.
+        # The layer has seen nothing, unless its statistics have been written.
         untrained = (count == 0) & jnp.all(old_mean == 0) & jnp.all(old_var == 1)
         share = jnp.where(
             untrained, 1.0, jnp.where(count == 0, 1 - self.momentum, self._share(count))
@@ -258,10 +259,12 @@ class BatchNorm(eqx.Module):
         self.count.value = jnp.where(untrained | (count > 0), count + 1, count)
 
     def _share(self, count: Array) -> Array | float:
-        """The share of a batch in the averages over it and `count` others before it."""
+        """The weight of a batch in the average over it and the `count` batches before
+        it."""
         if self.mode == "ema" or self.momentum in (0, 1):
             return 1 - self.momentum
-        # `1 - momentum**(count + 1)`, without the rounding of a momentum near one.
+        # `1 - momentum**(count + 1)`, without the rounding error of a momentum near
+        # one.
         known = -jnp.expm1((count + 1).astype(jnp.float32) * math.log(self.momentum))
         return (1 - self.momentum) / known
 

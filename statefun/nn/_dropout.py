@@ -19,10 +19,11 @@ class Dropout(eqx.Module):
 
     **Arguments:**
 
-    - `p`: the share of the entries that are set to zero, on average.
+    - `p`: the fraction of the entries that are set to zero, on average.
     - `inference`: whether to leave the input as it is; see
         [`statefun.nn.inference_mode`][].
-    - `rng`: where keys come from. Layers may share one. None: every call needs a `key`.
+    - `rng`: the source of keys. Layers may share one. If None, every call needs a
+        `key`.
 
     !!! example
 
@@ -55,13 +56,13 @@ class Dropout(eqx.Module):
     def __call__(
         self, x: Array, *, key: Any = None, inference: bool | None = None
     ) -> Array:
-        """Sets entries to zero, and scales the others to keep the mean.
+        """Sets entries to zero, and scales the others so that the mean is kept.
 
         **Arguments:**
 
         - `x`: any array of floats.
-        - `key`: used in place of one from the `Rng`, which then stays as it is.
-        - `inference`: if given, in place of the layer's own flag.
+        - `key`: used instead of one from the `Rng`, which then doesn't advance.
+        - `inference`: overrides the layer's own flag.
 
         **Returns:** an array like `x`.
 

@@ -21,15 +21,15 @@ class EMA(eqx.Module, Generic[T]):
     **Arguments:**
 
     - `tree`: a [`statefun.Param`][], a module, or any pytree with Params in it.
-    - `decay`: the share of the old in the average, between 0 and 1.
-    - `dtype`: what the averages are kept in, if the Params are too coarse for it: the
-        steps towards a `bfloat16` weight with `decay=0.999` would all be rounded away.
+    - `decay`: the weight of the old average, between 0 and 1.
+    - `dtype`: of the averages, if that of the Params is too coarse: the steps towards a
+        `bfloat16` weight with `decay=0.999` would all be rounded away.
 
     **Attributes:**
 
-    - `average`: the tree with other Params, which hold the averages, in place of its own;
-        it is used as the tree is. States that are no Params (running statistics, an
-        `Rng`) are those of the tree itself. It starts as a copy.
+    - `average`: the tree with other Params, which hold the averages, in place of its
+        own; it is used like the tree. Other States (running statistics, an `Rng`) are
+        shared with the tree itself. It starts as a copy.
 
     !!! example
 
@@ -78,7 +78,7 @@ class EMA(eqx.Module, Generic[T]):
     def update(self) -> None:
         """Moves the averages towards the Params, all of them in one step.
 
-        Arrays of integers and everything static are taken over as they are.
+        Integer arrays and everything static are copied as they are.
         """
         _frame.transaction(self._update)
 

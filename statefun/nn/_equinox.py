@@ -1,4 +1,4 @@
-"""Models that thread `equinox.nn.State`, as modules that are simply called."""
+"""Models that thread `equinox.nn.State`, as modules that are just called."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class FromEquinox(eqx.Module):
 
         **Raises:** `TypeError` if the model doesn't return its state.
         """
-        # A copy, because Equinox makes the object that is given to it unusable.
+        # A copy, because Equinox invalidates the object that it is given.
         given = jtu.tree_map(lambda x: x, self.state.value)
         before = jtu.tree_leaves(given)
         if self.state_argname is None:
@@ -61,7 +61,7 @@ class FromEquinox(eqx.Module):
 def from_equinox(
     model: Any, state: eqx.nn.State, *, state_argname: str | None = None
 ) -> FromEquinox:
-    """Makes of a model that threads `equinox.nn.State` a module that is simply called.
+    """Turns a model that threads `equinox.nn.State` into a module that is just called.
 
     `module(x)` does `out, state = model(x, state)` and keeps the state in a State. All
     the numbers are those of Equinox.
@@ -76,7 +76,7 @@ def from_equinox(
     **Returns:** a [`statefun.nn.FromEquinox`][] module. Its arrays are the model's
     parameters: put it in a `Param` to train it.
 
-    **Raises:** `TypeError` if `state` is no `equinox.nn.State`.
+    **Raises:** `TypeError` if `state` is not an `equinox.nn.State`.
 
     !!! example
 
@@ -101,7 +101,7 @@ def from_equinox(
 
 
 def to_equinox(module: Any) -> tuple[Any, eqx.nn.State]:
-    """Gives back the Equinox model and its state, as they are now.
+    """Returns the Equinox model and its state, as they are now.
 
     **Arguments:**
 
@@ -128,7 +128,7 @@ def to_equinox(module: Any) -> tuple[Any, eqx.nn.State]:
         raise TypeError(
             message(
                 f"`to_equinox` was given a {type(module).__name__}.",
-                "there is an Equinox state to give back only for what `from_equinox` made.",
+                "there is an Equinox state to return only for what `from_equinox` made.",
                 "pass that module, or the Param that holds it. `sf.freeze(tree)` makes "
                 "an ordinary pytree of any other.",
             )

@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 
 class InMode(eqx.Module):
-    """A State, with all `inference` flags in its value set one way.
+    """A State whose value is seen with all `inference` flags set to one value.
 
-    What `inference_mode` puts in the place of a State that holds a network. Nothing is
+    `inference_mode` puts it in the place of a State that holds a network. Nothing is
     copied: `.value` is the State's own value with other flags.
 
     **Attributes:**
@@ -104,8 +104,8 @@ def _has_flags(tree: Any) -> bool:
 def _mentions_flags(state: State) -> bool:
     """Whether the State's value has flags, or a State in it has.
 
-    The value is looked at without a read: States that a function only looks for flags in
-    must not become inputs of it.
+    The value is inspected without a read: a State in which a function only looks for
+    flags must not become an input of it.
     """
     flat, structure = access.current(state._cell)
     value = state.value if flat is UNSET else structure.unflatten(flat)

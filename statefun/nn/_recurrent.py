@@ -24,8 +24,8 @@ class Recurrent(eqx.Module):
     - `batch_shape`: the axes of a batch, in front of those of the input; every example
         then has a hidden state of its own. (Under `filter_vmap`, leave it out and map
         the State instead: `state_axes=[(layer.hidden, 0)]`.)
-    - `hidden`: the hidden state to start from, for one example. Zeros, and for an
-        `LSTMCell` a pair of them, if not given.
+    - `hidden`: the initial hidden state of one example. By default zeros, and for an
+        `LSTMCell` a pair of them.
 
     **Attributes:**
 
@@ -78,9 +78,10 @@ class Recurrent(eqx.Module):
         **Arguments:**
 
         - `x`: the input, of shape `(*batch_shape, input_size)`.
-        - `key`: not used, there for compatibility.
+        - `key`: unused; for compatibility with Equinox's layers.
 
-        **Returns:** the new hidden state; of a tuple (`LSTMCell`) its first part.
+        **Returns:** the new hidden state; if that is a tuple (`LSTMCell`), its first
+        part.
 
         **Raises:** `ValueError` if `x` has another batch shape.
         """
@@ -104,11 +105,11 @@ class Recurrent(eqx.Module):
         return new[0] if isinstance(new, tuple) else new
 
     def reset(self, where: Bool[Array, ...] | None = None) -> None:
-        """Starts again.
+        """Resets the hidden state to the initial one.
 
         **Arguments:**
 
-        - `where`: of shape `batch_shape`: only these examples.
+        - `where`: booleans of shape `batch_shape`: resets only these examples.
 
         !!! example
 

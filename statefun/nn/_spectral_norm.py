@@ -26,8 +26,8 @@ class SpectralNorm(eqx.Module, Generic[L]):
     - `layer`: a layer with a weight of at least two dimensions, as `equinox.nn.Linear`
         or `equinox.nn.Conv2d`. All axes but the first are taken as one.
     - `weight_name`: the name of the weight.
-    - `num_power_iterations`: how many at each call.
-    - `eps`: the least norm of a singular vector.
+    - `num_power_iterations`: how many iterations at each call.
+    - `eps`: the lower bound of the norm of a singular vector.
     - `inference`: whether to leave the estimate as it is; see
         [`statefun.nn.inference_mode`][].
     - `key`: for the first singular vectors.
@@ -36,7 +36,7 @@ class SpectralNorm(eqx.Module, Generic[L]):
 
     - `uv`: a State, the pair of estimated singular vectors.
 
-    **Raises:** `ValueError` if the weight has less than two dimensions.
+    **Raises:** `ValueError` if the weight has fewer than two dimensions.
 
     !!! example
 
@@ -91,13 +91,13 @@ class SpectralNorm(eqx.Module, Generic[L]):
     def __call__(
         self, x: Array, *, key: Any = None, inference: bool | None = None
     ) -> Array:
-        """Calls the layer with the normalised weight.
+        """Calls the layer with the normalized weight.
 
         **Arguments:**
 
         - `x`: passed on to the layer.
-        - `key`: not used, there for compatibility.
-        - `inference`: if given, in place of the layer's own flag.
+        - `key`: unused; for compatibility with Equinox's layers.
+        - `inference`: overrides the layer's own flag.
 
         **Returns:** what the layer returns.
         """

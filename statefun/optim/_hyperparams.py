@@ -20,11 +20,11 @@ def _is_injected(x: Any) -> bool:
 class Hyperparams(Mapping[str, jax.Array]):
     """The current hyperparameters of an optimizer, by name; they can be assigned.
 
-    It is a view: reading gives what the optimizer's state holds now, and assigning writes
-    there. Shape and dtype stay, so that a compiled step is not traced anew. Names are
-    those of the arguments that `optax.inject_hyperparams` was given
-    (`"learning_rate"`); where a name occurs more than once, the place in the state comes
-    before it (`"inner_states['head'].inner_state.learning_rate"`).
+    It is a view: reading returns what the optimizer's state holds now, and assigning
+    writes to it. Shape and dtype stay, so that a compiled step is not retraced. Names
+    are those of the arguments that `optax.inject_hyperparams` was given
+    (`"learning_rate"`); where a name occurs more than once, the place in the state
+    comes before it (`"inner_states['head'].inner_state.learning_rate"`).
 
     !!! example
 
@@ -42,7 +42,8 @@ class Hyperparams(Mapping[str, jax.Array]):
         self._opt_state = opt_state
 
     def _found(self) -> dict[str, tuple[str, str, Any]]:
-        """Of each hyperparameter its key: the path of its dict, its name, the state."""
+        """For each hyperparameter by its key: the path of its dict, its name, the
+        state."""
         places: list[tuple[str, str, Any]] = []
         _collect(self._opt_state.value, "", places)
         names = [name for _, name, _ in places]

@@ -25,8 +25,8 @@ class Optimizer(eqx.Module):
 
     The optimizer's own state is held in States, so that a training step returns nothing
     but its loss. It may be used in and outside of twins, in the closure of a step or as
-    an argument of it. Two optimizers whose transformations have equal settings share one
-    compiled step, also if each called optax itself.
+    an argument of it. Two optimizers whose transformations have equal settings share
+    one compiled step, even if each was made by a call of optax of its own.
 
     **Arguments:**
 
@@ -39,11 +39,11 @@ class Optimizer(eqx.Module):
 
     - `opt_state`: a State, what optax calls the optimizer's state.
     - `step`: a State, the number of calls of `update`, an `int32` scalar. (With
-        `MultiSteps` the Params change at every k-th.)
+        `MultiSteps` the Params change at every k-th call.)
     - `hyperparams`: see [`statefun.optim.Hyperparams`][].
 
-    **Raises:** `statefun.StateTypeError` if there is no Param in `wrt`, or one in the
-    value of another State.
+    **Raises:** `statefun.StateTypeError` if there is no Param in `wrt`, or if one is
+    inside the value of another State.
 
     !!! example
 
@@ -128,8 +128,8 @@ class Optimizer(eqx.Module):
 
     def _update(self, grads: Any, extra_args: dict[str, Any]) -> None:
         trained = Trained(self.wrt)
-        # The transformation looks ahead with a second set of Params; what is
-        # differentiated is the first.
+        # The transformation keeps a second set of Params; the first is what is
+        # differentiated.
         ahead = isinstance(self.wrt, optax.LookaheadParams)
         moving = Trained(self.wrt.fast) if ahead else trained
         for name, extra in extra_args.items():
@@ -151,7 +151,7 @@ class Optimizer(eqx.Module):
 
 
 def _at(fun: Callable[..., Any], trained: Trained, gives_gradient: bool) -> Callable:
-    """A function of the parameters, made of one that uses the Params."""
+    """Turns a function that uses the Params into one of their arrays."""
 
     settings = present_promotion()
 

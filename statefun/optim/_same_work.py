@@ -2,7 +2,7 @@
 
 An `optax.GradientTransformation` is a pair of closures, which Python compares by
 identity: a second `optax.adam(1e-3)` would be another static argument, and a compiled
-step would be traced anew.
+step would be retraced.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .._state.fingerprint import fingerprint
 
 
 class SameWork:
-    """A transformation, equal to every other one that does the same."""
+    """A transformation that is equal to every other one that does the same."""
 
     __slots__ = ("_hash", "_key", "tx")
 

@@ -21,8 +21,8 @@ class Trained:
 
     **Arguments:**
 
-    - `tree`: any pytree. Where a Param occurs again there is None in the arrays, and so
-        there is for everything that is no Param.
+    - `tree`: any pytree. Leaves other than Params, and Params that have occurred
+        before, are None in the arrays.
 
     **Raises:** `statefun.StateTypeError` if there is nothing to train, or if a Param
     stands in the value of another State, where gradients don't reach it.
@@ -42,7 +42,8 @@ class Trained:
         self._cells = seen
 
     def check(self) -> None:
-        """Raises as said above. Reads all States of the tree, so it is done once."""
+        """Raises as the class says. It reads all States of the tree, so it is done
+        once."""
         for path, state in states(self._tree, Param).items():
             if state._cell not in self._cells:
                 raise _hidden(path, state)
@@ -112,7 +113,8 @@ def _combined(param: State, part: Any) -> Any:
 
 
 def _differs_at(tree: Any, grads: Any) -> str | None:
-    """The first node of `grads` that is not like that of `tree`; a leaf is like all."""
+    """The first node of `grads` that differs from that of `tree`; a leaf matches
+    any."""
     ours, theirs = _children(tree), _children(grads)
     if ours is None and tree is not None:
         return None
