@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 import statefun as sf
+from statefun import ir, optim
 
 from .test_readme import run_as_a_user
 
@@ -18,6 +19,7 @@ from .test_readme import run_as_a_user
 def documented() -> Iterator[tuple[str, object]]:
     """All public functions, classes and modules, and the methods that these define."""
     todo = [(f"statefun.{name}", getattr(sf, name)) for name in sf.__all__]
+    todo += [("statefun.ir", ir), ("statefun.optim", optim)]
     while todo:
         name, thing = todo.pop(0)
         if isinstance(thing, types.ModuleType):
@@ -75,13 +77,14 @@ GIVEN = [
     *("CacheKey", "Cause", "Compiled", "Hyperparams", "Jitted", "Lowered", "Report"),
     *("Retrace", "StateError", "StateTrace", "StateTraceError", "StateTypeError"),
     *("StateValueError", "TraceLimitError", "Traced"),
-    *("nn.Cache", "nn.FromEquinox", "nn.InMode"),
+    *("nn.Cache", "nn.FromEquinox", "nn.InMode", "optim.Hyperparams"),
 ]
+MODULES = ["statefun", *(f"statefun.{m}" for m in ("ir", "metrics", "nn", "optim"))]
 TO_CALL = [
     name
     for name, thing in DOCUMENTED.items()
     if (inspect.isclass(thing) or inspect.isfunction(thing))
-    and name.rpartition(".")[0] in ("statefun", "statefun.nn", "statefun.metrics")
+    and name.rpartition(".")[0] in MODULES
     and name.removeprefix("statefun.") not in GIVEN
 ]
 

@@ -1,4 +1,4 @@
-"""Optimisations of jaxprs, each a function from jaxpr to jaxpr."""
+"""Optimizations of jaxprs, each a function from jaxpr to jaxpr."""
 
 from ._algebra import algebraic_simplification as algebraic_simplification
 from ._constant_fold import constant_fold as constant_fold

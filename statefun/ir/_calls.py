@@ -1,9 +1,11 @@
-"""Which inputs and outputs of a call may go, and how.
+"""Which inputs and outputs of a call can be removed, and how.
 
-A rule gets an equation, which of its outputs are wanted, and `Prune`. It answers
-with the equation without what nobody needs, or None where the call must keep its
-signature. A call keeps every input that it holds a ref or an effect on.
+A rule gets an equation, which of its outputs are needed, and `Prune`. It returns the
+equation without what is not needed, or None where the call must keep its signature. A
+call keeps every input that it holds a ref or an effect on.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -16,7 +18,7 @@ from ._jaxpr import AnyJaxpr, Eqn, Mask, keep, scan_counts, scan_params
 @runtime_checkable
 class Prune(Protocol):
     def needs(self, jaxpr: AnyJaxpr, wanted: Mask) -> Mask:
-        """Which inputs the wanted outputs and the effects of `jaxpr` need."""
+        """Which inputs the needed outputs and the effects of `jaxpr` depend on."""
         ...
 
     def cut(self, jaxpr: AnyJaxpr, ins: Mask, outs: Mask) -> AnyJaxpr:
@@ -43,7 +45,7 @@ def _without(eqn: Eqn, ins: Mask, outs: Mask, params: dict[str, Any]) -> Eqn:
 
 
 def _tuples(eqn: Eqn, names: tuple[str, ...], mask: Mask) -> dict[str, Any]:
-    """Parameters that say something about each input (or output), shortened."""
+    """Parameters with an entry per input (or output), shortened."""
     if all(mask):
         return {}
     return {name: tuple(keep(eqn.params[name], mask)) for name in names}
@@ -95,7 +97,7 @@ def _scan(eqn: Eqn, wanted: Mask, prune: Prune) -> Eqn | None:
     body = eqn.params["jaxpr"]
     carry, ys = wanted[:carries], wanted[carries:]
     while True:
-        # A carry is wanted if the body reads it to make another that is wanted.
+        # A carry is needed if the body reads it to compute another that is needed.
         ins = prune.needs(body, carry + ys)
         grown = _or(carry, ins[consts : consts + carries])
         if grown == carry:
@@ -136,8 +138,8 @@ def _while(eqn: Eqn, wanted: Mask, prune: Prune) -> Eqn | None:
     )
 
 
-# custom_jvp and custom_vjp are missing on purpose: their rules take every argument
-# and answer for every result.
+# custom_jvp and custom_vjp are missing on purpose: their rules take every argument and
+# return every result.
 DROP_RULES: dict[Any, Rule] = {
     primitives.jit_p: _jit,
     primitives.remat_p: _remat,

@@ -1,9 +1,11 @@
-"""Constant folding: compute now what does not depend on any input.
+"""Constant folding: evaluates what does not depend on any input.
 
 Constants are literals, small closed-over arrays, and what was folded before. A jit
 that is called with literals gets a jaxpr of its own for them: this is what removes the
 branches that jax.numpy functions take on arguments such as `ddof=0`.
 """
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -29,7 +31,7 @@ from ._walk import CALLS, Env, Rewrite, Walk, alias, read, substitute
 MAX_BYTES = 1024
 MAX_EQUATIONS = 32
 
-# Draws are left to run time: what a key's bits become depends on configuration.
+# Random draws are left to run time: their bits depend on the configuration.
 _RANDOM = {p for p in PURE if p.name.startswith(("random_", "rng_", "threefry"))}
 # Collectives have no value outside their mesh.
 _COLLECTIVE = {
@@ -42,7 +44,7 @@ _COLLECTIVE = {
     primitives.psum_p,
     primitives.ragged_all_to_all_p,
 }
-# For these the value is not the point.
+# For these the value is beside the point.
 _MEANT = {
     primitives.stop_gradient_p,
     primitives.reduce_precision_p,
@@ -155,7 +157,7 @@ def _constvars(jaxpr: AnyJaxpr) -> list[Var]:
 
 
 def _size(jaxpr: AnyJaxpr) -> int:
-    """How many equations `jaxpr` has, in all depths."""
+    """How many equations `jaxpr` has, at all depths."""
     size = len(jaxpr.eqns)
     for eqn in jaxpr.eqns:
         if eqn.primitive in CALLS:
@@ -166,7 +168,7 @@ def _size(jaxpr: AnyJaxpr) -> int:
 def make_rewrite() -> Rewrite:
     variants: dict[Any, tuple[AnyJaxpr, AnyJaxpr]] = {}
 
-    def specialise(eqn: Eqn, walk: Walk) -> Eqn:
+    def specialize(eqn: Eqn, walk: Walk) -> Eqn:
         """A jit called with literals, with those known to its jaxpr."""
         body = eqn.params["jaxpr"]
         given, key = {}, [id(body)]
@@ -202,7 +204,7 @@ def make_rewrite() -> Rewrite:
         for old in jaxpr.eqns:
             eqn = walk.descend(substitute(old, fold.env) if fold.env else old)
             if eqn.primitive is primitives.jit_p:
-                eqn = specialise(eqn, walk)
+                eqn = specialize(eqn, walk)
                 constant_outputs(eqn, fold.env)
             elif fold.fold(eqn):
                 changed = True
@@ -218,7 +220,7 @@ def make_rewrite() -> Rewrite:
 
 
 def constant_fold(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
-    """Evaluate what depends on constants only.
+    """Evaluates what depends on constants only.
 
     Constants are literals, and closed-over arrays of at most 1024 bytes that live
     on one device of this process. A result of at most 1024 bytes that is no larger
@@ -233,20 +235,18 @@ def constant_fold(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
 
     - `jaxpr`: a jaxpr, for instance from `jax.make_jaxpr`.
 
-    **Returns:**
+    **Returns:** a jaxpr with the same inputs, outputs and effects; `jaxpr` itself if
+    there is nothing to do.
 
-    A jaxpr with the same inputs, outputs and effects; `jaxpr` itself if there is
-    nothing to do.
+    !!! example
 
-    **Example:**
+        ```python
+        import jax, jax.numpy as jnp
+        from statefun.ir import constant_fold
 
-    ```python
-    import jax, jax.numpy as jnp
-    from statefun.ir import constant_fold
-
-    jaxpr = jax.make_jaxpr(lambda x: x * (jnp.float32(2) + 1))(2.0)
-    print(constant_fold(jaxpr))  # x times 3.0
-    ```
+        jaxpr = jax.make_jaxpr(lambda x: x * (jnp.float32(2) + 1))(2.0)
+        print(constant_fold(jaxpr))  # x times 3.0
+        ```
 
     An operation that NumPy does not compute to the same bits, such as `exp`, is
     compiled and run once, on the default device: some tens of milliseconds for each

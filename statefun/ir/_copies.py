@@ -1,9 +1,11 @@
-"""Copy propagation: read the original instead of its copy.
+"""Copy propagation: uses the original instead of its copy.
 
 Values do not change, so a copy of one is the value itself. What looks like a copy
 but tells XLA or a person something is kept: `device_put`, sharding constraints,
 `optimization_barrier`, `reduce_precision`, `stop_gradient`, checkpoint names.
 """
+
+from __future__ import annotations
 
 from jax.extend.core import DropVar, Literal, Var, primitives
 
@@ -31,7 +33,7 @@ _COPIES = {
 
 
 def _passed_through(eqn: Eqn, env: Env) -> None:
-    """Let what a jit hands back unchanged, or twice, be read where it came from."""
+    """Replaces what a jit returns unchanged, or twice, by where it came from."""
     params = eqn.params
     body = params["jaxpr"]
     position = {v: i for i, v in enumerate(body.invars)}
@@ -66,31 +68,29 @@ def rewrite(jaxpr: AnyJaxpr, walk: Walk) -> AnyJaxpr:
 
 
 def copy_propagation(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
-    """Drop copies, and read what they copied.
+    """Removes copies, and uses what they copied.
 
-    A copy is a `copy`, a conversion to the dtype and weak type that are there
-    already, a reshape or broadcast to the same shape, or an output that an inner
-    jit returns as it came in. None of these is one: `device_put`, a sharding
-    constraint, `optimization_barrier`, `reduce_precision`, `stop_gradient`.
+    A copy is a `copy`, a conversion to the dtype and weak type that the value has
+    already, a reshape or broadcast to the same shape, or an output that an inner jit
+    returns as it came in. None of these is one: `device_put`, a sharding constraint,
+    `optimization_barrier`, `reduce_precision`, `stop_gradient`.
 
     **Arguments:**
 
     - `jaxpr`: a jaxpr, for instance from `jax.make_jaxpr`.
 
-    **Returns:**
+    **Returns:** a jaxpr with the same inputs, outputs and effects; `jaxpr` itself if
+    there is nothing to do.
 
-    A jaxpr with the same inputs, outputs and effects; `jaxpr` itself if there is
-    nothing to do.
+    !!! example
 
-    **Example:**
+        ```python
+        import jax, jax.numpy as jnp
+        from statefun.ir import copy_propagation
 
-    ```python
-    import jax, jax.numpy as jnp
-    from statefun.ir import copy_propagation
-
-    jaxpr = jax.make_jaxpr(lambda x: jnp.array(x, copy=True) + 1)(2.0)
-    print(copy_propagation(jaxpr))  # add alone
-    ```
+        jaxpr = jax.make_jaxpr(lambda x: jnp.array(x, copy=True) + 1)(2.0)
+        print(copy_propagation(jaxpr))  # add alone
+        ```
 
     Source: copy propagation as in Aho, Lam, Sethi and Ullman, *Compilers*, 9.1.
     """

@@ -1,4 +1,6 @@
-"""Common subexpressions: compute a value once. What is equal, `_numbering.py` says."""
+"""Common subexpression elimination; `_numbering.py` decides what is equal."""
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -31,7 +33,7 @@ class _Table:
 
     def _add(self, keys: dict[Any, list[Var]], eqn: Eqn) -> list[Var] | None:
         key = self.numbers.key(eqn, _itself)
-        # A DropVar cannot be read: such an equation is no one's first.
+        # A DropVar cannot be read: such an equation can't stand in for another.
         first = not any(v.__class__ is DropVar for v in eqn.outvars)
         try:
             if key is None:
@@ -73,7 +75,7 @@ def make_rewrite() -> Rewrite:
 
 
 def cse(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
-    """Compute equal things once.
+    """Computes equal things once.
 
     Two equations are equal if they have one primitive, equal parameters, and equal
     operands: the same variables, or literals of one type and value. Operands of a
@@ -89,20 +91,18 @@ def cse(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
 
     - `jaxpr`: a jaxpr, for instance from `jax.make_jaxpr`.
 
-    **Returns:**
+    **Returns:** a jaxpr with the same inputs, outputs and effects; `jaxpr` itself if
+    there is nothing to do.
 
-    A jaxpr with the same inputs, outputs and effects; `jaxpr` itself if there is
-    nothing to do.
+    !!! example
 
-    **Example:**
+        ```python
+        import jax
+        from statefun.ir import cse
 
-    ```python
-    import jax
-    from statefun.ir import cse
-
-    jaxpr = jax.make_jaxpr(lambda x, y: (x + y) * (y + x))(1.0, 2.0)
-    print(cse(jaxpr))  # one add, one mul
-    ```
+        jaxpr = jax.make_jaxpr(lambda x, y: (x + y) * (y + x))(1.0, 2.0)
+        print(cse(jaxpr))  # one add, one mul
+        ```
 
     Source: Click, *Global Code Motion, Global Value Numbering*, PLDI 1995.
     """

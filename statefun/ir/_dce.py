@@ -1,9 +1,11 @@
-"""Dead code: keep what an output or an effect needs.
+"""Dead code elimination: keeps what an output or an effect needs.
 
 One walk backwards over the equations with the set of variables that are needed.
-Calls are asked through `DROP_RULES` which of their inputs the wanted outputs need,
-so deadness passes through loops and branches, and out again.
+`DROP_RULES` say which inputs of a call the needed outputs depend on, so liveness
+propagates into loops and branches, and out again.
 """
+
+from __future__ import annotations
 
 from jax.core import ShapedArray
 from jax.extend.core import Literal, Var, jaxprs_in_params
@@ -15,7 +17,7 @@ from ._walk import CALLS
 
 
 class _Prune:
-    """What each jaxpr needs for which outputs, found out once."""
+    """What each jaxpr needs for which outputs, determined once."""
 
     def __init__(self) -> None:
         # Keyed by identity; the jaxprs are held so that no id is used twice.
@@ -32,7 +34,7 @@ class _Prune:
         if key not in self.made:
             eqns, _ = self._backwards(jaxpr, outs)
             new = self.made[key] = self._cut(jaxpr, eqns, ins, outs)
-            # What is left is all needed: it need not be looked at again.
+            # All that is left is needed: no second look is necessary.
             self.held[id(new)] = new
             self.made[(id(new), (True,) * sum(ins), (True,) * sum(outs))] = new
         return self.made[key]
@@ -103,7 +105,7 @@ class _Prune:
 
 
 class Dce:
-    """The pass as the pipeline calls it; remembers what it has cleaned."""
+    """The pass as the pipeline calls it; remembers which jaxprs are clean."""
 
     def __init__(self) -> None:
         self.prune = _Prune()
@@ -115,34 +117,31 @@ class Dce:
 
 
 def dce(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
-    """Remove what no output and no effect needs.
+    """Removes what no output and no effect needs.
 
-    Goes through jit, checkpoint, cond, scan and while with what is wanted of them:
-    outputs that nobody reads go, the carries that only fed those, the inputs that
-    are no longer read, and constants. Equations with an effect stay, and those that
-    take a ref, and calls whose body JAX hides (loops under `jax_scan3`): what they do
-    is not known. So do the inputs and outputs of `jaxpr` itself, of custom_jvp and
-    custom_vjp (their rules take every argument), of jits with `keep_unused`, and
-    every ref.
+    Descends into jit, checkpoint, cond, scan and while: removes their unused outputs,
+    the carries that only fed those, the inputs that are no longer read, and constants.
+    Equations with an effect stay, and those that take a ref, and calls whose body JAX
+    hides (loops under `jax_scan3`): what they do is not known. So do the inputs and
+    outputs of `jaxpr` itself, of custom_jvp and custom_vjp (their rules take every
+    argument), of jits with `keep_unused`, and every ref.
 
     **Arguments:**
 
     - `jaxpr`: a jaxpr, for instance from `jax.make_jaxpr`.
 
-    **Returns:**
+    **Returns:** a jaxpr with the same inputs, outputs and effects; `jaxpr` itself if
+    there is nothing to do.
 
-    A jaxpr with the same inputs, outputs and effects; `jaxpr` itself if there is
-    nothing to do.
+    !!! example
 
-    **Example:**
+        ```python
+        import jax, jax.numpy as jnp
+        from statefun.ir import dce
 
-    ```python
-    import jax, jax.numpy as jnp
-    from statefun.ir import dce
-
-    jaxpr = jax.make_jaxpr(lambda x: (jnp.sin(x), x + 1)[1])(2.0)
-    print(dce(jaxpr))  # add alone
-    ```
+        jaxpr = jax.make_jaxpr(lambda x: (jnp.sin(x), x + 1)[1])(2.0)
+        print(dce(jaxpr))  # add alone
+        ```
 
     Source: liveness as in Aho, Lam, Sethi and Ullman, *Compilers*, 9.2; what a
     call may lose follows the rules of JAX's own dead code elimination.

@@ -1,4 +1,4 @@
-"""The value of one equation on constants, with the bits that JAX would give it.
+"""The value of one equation on constants, bit for bit as JAX computes it.
 
 Running an equation through XLA compiles it first, which costs tens of milliseconds
 for each kind of equation: more than a pass may take for thousands of them. So what
@@ -6,6 +6,8 @@ NumPy computes to the same bits is left to NumPy: integers, logic, comparisons,
 moves, and the float operations that IEEE 754 defines exactly. `exp` and its like
 differ in the last bit and go through XLA.
 """
+
+from __future__ import annotations
 
 import contextlib
 import functools
@@ -85,7 +87,7 @@ def _convert(eqn: Eqn, value: np.ndarray) -> np.ndarray | None:
 
 @np.errstate(all="ignore")
 def with_numpy(eqn: Eqn, values: Values) -> np.ndarray | None:
-    """What NumPy makes of it, where that is certain to be what XLA would."""
+    """NumPy's result, where that is certain to equal XLA's."""
     primitive, (out,) = eqn.primitive, eqn.outvars
     of = kind(values[0].dtype)
     if not all(_ordinary(v) for v in values):
@@ -115,7 +117,7 @@ def with_numpy(eqn: Eqn, values: Values) -> np.ndarray | None:
 
 
 def _as(aval: Any, value: Any) -> np.ndarray | None:
-    """`value`, if it has the type that was announced."""
+    """`value`, if it has the type of the equation's output."""
     value = np.asarray(value)
     right = value.dtype == aval.dtype and value.shape == aval.shape
     return value if right else None
@@ -123,19 +125,19 @@ def _as(aval: Any, value: Any) -> np.ndarray | None:
 
 @contextlib.contextmanager
 def _no_checks() -> Iterator[None]:
-    """A NaN made here is made by the program later, and reported then."""
+    """A NaN that shows up here shows up in the program later, and is reported then."""
     with jax.debug_nans(False), jax.debug_infs(False):
         yield
 
 
 def with_xla(eqn: Eqn, values: Values) -> np.ndarray | None:
-    """What running the equation by itself gives."""
+    """The result of running the equation by itself."""
     try:
         with jax.ensure_compile_time_eval(), _no_checks(), eqn.ctx.manager:
             answer = eqn.primitive.bind(*values, **eqn.params)
     except Exception:
         # No kernel for it here, perhaps: the program may be meant for another
-        # device than the one that optimises it.
+        # device than the one that optimizes it.
         return None
     if isinstance(answer, (list, tuple, Tracer)):
         return None
@@ -143,6 +145,6 @@ def with_xla(eqn: Eqn, values: Values) -> np.ndarray | None:
 
 
 def evaluate(eqn: Eqn, values: Values) -> np.ndarray | None:
-    """The one output of `eqn` on `values`; None if it has to be left alone."""
+    """The single output of `eqn` on `values`; None if it can't be folded."""
     result = with_numpy(eqn, values)
     return with_xla(eqn, values) if result is None else result

@@ -1,4 +1,4 @@
-"""What jax 0.10 to 0.12 spell differently in jaxprs and their equations.
+"""Where jaxprs and their equations differ between jax 0.10 and 0.12.
 
 - 0.11 merged `ClosedJaxpr` into `Jaxpr`. Until then an equation may also hold an
   open `Jaxpr` (checkpoint's), which has no `consts`.
@@ -6,6 +6,8 @@
   `ft_out`. Only methods of the trees that the equation itself holds are used, so
   nothing private is imported; a tree without them leaves the scan whole.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -91,7 +93,7 @@ def scan_counts(eqn: Eqn) -> tuple[int, int] | None:
 
 
 def scan_params(eqn: Eqn, keep_in: Mask, keep_out: Mask) -> dict[str, Any]:
-    """The parameters that tell a scan's inputs apart, for those that stay."""
+    """The parameters that partition a scan's inputs, for the inputs that stay."""
     params = eqn.params
     if "num_consts" in params:
         consts, carry = params["num_consts"], params["num_carry"]

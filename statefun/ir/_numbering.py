@@ -7,6 +7,8 @@ from the first time. Inner jaxprs are compared by a key of their own, in which
 variables are replaced by the order in which they are bound.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +22,7 @@ from ._walk import CALLS
 
 
 def likeness(eqn: Eqn) -> Any:
-    """What equal equations surely share: primitive and variables. Cheap, and rarely
+    """What equal equations always share: primitive and variables. Cheap, and rarely
     shared by others, so that few equations ever need a key."""
     atoms = [None if v.__class__ is Literal else v for v in eqn.invars]
     if eqn.primitive in COMMUTATIVE:
@@ -39,7 +41,7 @@ class Numbers:
         self.opaque: set[type] = set()
 
     def key(self, eqn: Eqn, name: Callable[[Var], Any]) -> Any:
-        """What makes two equations one; None if this one stands for itself."""
+        """The key by which two equations are equal; None if it equals no other."""
         primitive, params = eqn.primitive, eqn.params
         if eqn.effects or not touches_only_arrays(eqn):
             return None
@@ -55,7 +57,7 @@ class Numbers:
         return (primitive, eqn.ctx, operands, *params, *values)
 
     def number(self, jaxpr: AnyJaxpr) -> int | None:
-        """The number of a jaxpr, or None if two runs of it are not one run."""
+        """The number of a jaxpr, or None if two runs of it can't be merged."""
         known = self.jaxprs.get(id(jaxpr))
         if known is None:
             number, key = None, self._jaxpr_key(jaxpr)
@@ -68,7 +70,7 @@ class Numbers:
         return known[1]
 
     def _value(self, value: Any) -> Any:
-        """A key that tells 1 from True and 1.0, and -0.0 from 0.0."""
+        """A key that distinguishes 1, True and 1.0, and -0.0 and 0.0."""
         cls = value.__class__
         if cls in self.opaque:
             return (cls, value)

@@ -1,5 +1,7 @@
 """The five passes in sequence."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 
 from . import _algebra, _constant_fold, _copies, _cse
@@ -7,7 +9,7 @@ from ._dce import Dce
 from ._jaxpr import AnyJaxpr, ClosedJaxpr
 from ._walk import Walk
 
-# Each entry makes a pass that remembers what it has done, for one optimisation.
+# Each entry makes a pass that remembers what it has done, for one optimization.
 _PASSES: dict[str, Callable[[], Callable[[AnyJaxpr], AnyJaxpr]]] = {
     "constant_fold": lambda: Walk(_constant_fold.make_rewrite()),
     "algebraic_simplification": lambda: Walk(_algebra.rewrite),
@@ -20,41 +22,37 @@ OPTIMIZATIONS: tuple[str, ...] = tuple(_PASSES)
 
 
 def normalize_optimizations(spec: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The names of optimisations that `spec` asks for.
+    """The names of optimizations that `spec` asks for.
 
     **Arguments:**
 
-    - `spec`: None for none of them, one name, or names in the order they shall run.
+    - `spec`: None for no optimization, a name, or names in the order in which they run.
 
-    **Returns:**
+    **Returns:** the names as a tuple, in the order given.
 
-    The names as a tuple, in the order given.
+    **Raises:** `ValueError` for a name that is not in `OPTIMIZATIONS`; `TypeError` for
+    anything but a name.
 
-    **Raises:**
+    !!! example
 
-    `ValueError` for a name that is not in `OPTIMIZATIONS`; `TypeError` for what is
-    no name.
+        ```python
+        from statefun.ir import normalize_optimizations
 
-    **Example:**
-
-    ```python
-    from statefun.ir import normalize_optimizations
-
-    assert normalize_optimizations("cse") == ("cse",)
-    assert normalize_optimizations(["dce", "cse"]) == ("dce", "cse")
-    assert normalize_optimizations(None) == ()
-    ```
+        assert normalize_optimizations("cse") == ("cse",)
+        assert normalize_optimizations(["dce", "cse"]) == ("dce", "cse")
+        assert normalize_optimizations(None) == ()
+        ```
     """
     names = () if spec is None else (spec,) if isinstance(spec, str) else tuple(spec)
     for name in names:
         if not isinstance(name, str):
             raise TypeError(
-                f"An optimisation is asked for by its name, not by {name!r}.\n"
+                f"An optimization is given by its name, not by {name!r}.\n"
                 f"Known: {', '.join(OPTIMIZATIONS)}."
             )
         if name not in _PASSES:
             raise ValueError(
-                f"Unknown optimisation {name!r}.\nKnown: {', '.join(OPTIMIZATIONS)}."
+                f"Unknown optimization {name!r}.\nKnown: {', '.join(OPTIMIZATIONS)}."
             )
     return names
 
@@ -64,7 +62,7 @@ def optimize_jaxpr(
     optimizations: str | Sequence[str] | None = OPTIMIZATIONS,
     max_iterations: int = 3,
 ) -> ClosedJaxpr:
-    """Run optimisations over a jaxpr until nothing changes.
+    """Runs optimizations over a jaxpr until nothing changes.
 
     The result computes the same values, bit for bit, has the same effects in the
     same order, and can be used wherever `jaxpr` can: under `jax.jit`, `jax.grad`
@@ -73,31 +71,27 @@ def optimize_jaxpr(
     **Arguments:**
 
     - `jaxpr`: a jaxpr, for instance from `jax.make_jaxpr`. It is not changed.
-    - `optimizations`: which, in the order they shall run; all five by default.
-    - `max_iterations`: how often to run the sequence at most. It stops earlier
-        when a round changes nothing, which is usually the third.
+    - `optimizations`: which ones, in the order in which they run; all five by default.
+    - `max_iterations`: the maximum number of rounds. It stops earlier when a round
+        changes nothing, which is usually the third.
 
-    **Returns:**
+    **Returns:** a jaxpr with the same inputs, outputs and effects; `jaxpr` itself if
+    there is nothing to do.
 
-    A jaxpr with the same inputs, outputs and effects; `jaxpr` itself if there is
-    nothing to do.
+    **Raises:** `ValueError` for an unknown optimization, or if `max_iterations` is below 1.
 
-    **Raises:**
+    !!! example
 
-    `ValueError` for an unknown optimisation, or if `max_iterations` is below 1.
+        ```python
+        import jax, jax.numpy as jnp
+        from statefun.ir import optimize_jaxpr
 
-    **Example:**
+        def f(x):
+            return (jnp.sin(x) ** 1 + jnp.sin(x)) * (2.0 - 1.0)
 
-    ```python
-    import jax, jax.numpy as jnp
-    from statefun.ir import optimize_jaxpr
-
-    def f(x):
-        return (jnp.sin(x) ** 1 + jnp.sin(x)) * (2.0 - 1.0)
-
-    jaxpr = optimize_jaxpr(jax.make_jaxpr(f)(1.0))
-    print(jaxpr)  # sin, add
-    ```
+        jaxpr = optimize_jaxpr(jax.make_jaxpr(f)(1.0))
+        print(jaxpr)  # sin, add
+        ```
     """
     names = normalize_optimizations(optimizations)
     if max_iterations < 1:

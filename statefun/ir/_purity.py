@@ -1,5 +1,7 @@
 """Which equations may go, be computed once instead of twice, or now instead of later."""
 
+from __future__ import annotations
+
 from jax.core import ShapedArray
 from jax.extend.core import primitives
 
@@ -8,7 +10,7 @@ from ._values import kind
 from ._walk import CALLS
 
 # Same operands, same result, nothing else: JAX's own primitives, without those
-# that draw from hidden state, leave memory uninitialised, make tokens, or exist to
+# that draw from hidden state, leave memory uninitialized, make tokens, or exist to
 # keep two equal things apart or in place (remat, checkpoint names, device_put).
 # A primitive from elsewhere is never merged, whatever it says about its effects.
 _APART = {

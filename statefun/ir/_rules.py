@@ -5,6 +5,8 @@ answers with the atom or the equation that may stand for it, or None. It need no
 look at types: an atom of another type than the output is refused by the pass.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import numpy as np
@@ -26,7 +28,7 @@ def producer(eqn: Eqn, defs: Defs, primitive: object) -> Eqn | None:
     """The equation that made the first operand, if it is one of `primitive`.
 
     Both must have been traced in one context: an operation to be done elsewhere
-    (`compute_on`) is not drawn into its neighbour.
+    (`compute_on`) is not drawn into its neighbor.
     """
     x = eqn.invars[0]
     inner = defs.get(x) if x.__class__ is Var else None

@@ -1,5 +1,7 @@
 """Identities of arithmetic."""
 
+from __future__ import annotations
+
 import numpy as np
 from jax.extend.core import primitives
 

@@ -1,5 +1,7 @@
 """Identities of logic, bits, order and selection."""
 
+from __future__ import annotations
+
 import numpy as np
 from jax.extend.core import Literal, primitives
 

@@ -1,5 +1,7 @@
 """Identities of shape: what only moves elements, and moves them nowhere."""
 
+from __future__ import annotations
+
 from jax.extend.core import primitives
 
 from ._jaxpr import Eqn

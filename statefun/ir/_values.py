@@ -1,5 +1,7 @@
 """Atoms seen as values: scalars, literals, types."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any
 

@@ -13,6 +13,8 @@ Going through an equation's jaxprs is safe only where their meaning is known:
 `CALLS` lists those primitives, the jaxprs of any other are left alone.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,7 @@
 """A jaxpr evaluated one equation at a time: slow, obvious, and the same bits always.
 
 `jax.jit` may fuse a product and a sum into one rounding, and fuse differently after
-an optimisation. So the passes are judged by this interpreter, which runs every
+an optimization. So the passes are judged by this interpreter, which runs every
 equation by itself, those inside calls and loops included.
 """
 

@@ -42,10 +42,10 @@ def test_normalize(spec, names):
 
 @pytest.mark.parametrize("spec", ["dead_code", ["cse", "dead_code"], ""])
 def test_unknown_names_raise_with_the_known_ones(spec):
-    with pytest.raises(ValueError, match="Unknown optimisation") as caught:
+    with pytest.raises(ValueError, match="Unknown optimization") as caught:
         ir.normalize_optimizations(spec)
     assert all(name in str(caught.value) for name in ir.OPTIMIZATIONS)
-    with pytest.raises(ValueError, match="Unknown optimisation"):
+    with pytest.raises(ValueError, match="Unknown optimization"):
         ir.optimize_jaxpr(trace(jnp.sin, X), spec)
 
 
@@ -115,7 +115,7 @@ def network(params, x):
         return jax.checkpoint(jax.nn.gelu)(h), h.sum()
 
     x, sums = lax.scan(layer, x, params["layers"])
-    # Not on a sum of what was normalised: its sign is rounding noise.
+    # Not on a sum of what was normalized: its sign is rounding noise.
     x = lax.cond(params["layers"].sum() > 0, lambda x: x**1, lambda x: x * 2, x)
     x = x + sums.sum()
     return jax.nn.logsumexp(x) + jnp.where(x > 0, x, x).sum()
@@ -172,11 +172,11 @@ def test_gradient_programs_keep_their_bits():
     jaxpr = jax.make_jaxpr(jax.value_and_grad(network))(params, x)
     flat = jax.tree.leaves((params, x))
     want = [bits(v) for v in run(jaxpr, *flat)]
-    for name, optimise in PASSES.items():
-        once = optimise(jaxpr)
+    for name, optimize in PASSES.items():
+        once = optimize(jaxpr)
         well_formed(once, jaxpr)
         assert [bits(v) for v in run(once, *flat)] == want, name
-        assert optimise(once) is once
+        assert optimize(once) is once
     best = ir.optimize_jaxpr(jaxpr)
     well_formed(best, jaxpr)
     assert [bits(v) for v in run(best, *flat)] == want
@@ -225,7 +225,7 @@ def test_equal_inner_jaxprs_stay_one_object():
             x = inner(x)[0]
         return x
 
-    for optimise in (*PASSES.values(), ir.optimize_jaxpr):
-        best = optimise(trace(fn, X))
+    for optimize in (*PASSES.values(), ir.optimize_jaxpr):
+        best = optimize(trace(fn, X))
         bodies = {id(e.params["jaxpr"]) for e in best.eqns}
         assert len(best.eqns) == 12 and len(bodies) == 1

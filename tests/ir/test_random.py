@@ -36,10 +36,10 @@ def compare(program, args, outputs):
     core.check_jaxpr(jaxpr.jaxpr)
     strict = observe(jaxpr, args, machine, False)
     loose = observe(jaxpr, args, machine, True)
-    for name, optimise in PASSES.items():
-        once = optimise(jaxpr)
+    for name, optimize in PASSES.items():
+        once = optimize(jaxpr)
         well_formed(once, jaxpr)
-        assert optimise(once) is once, name
+        assert optimize(once) is once, name
         # cse orders the operands of a float sum, and the order chooses which of two
         # NaNs comes out; no other pass may change even the sign of a NaN.
         nan_is_nan = name == "cse"
