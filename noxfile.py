@@ -69,6 +69,16 @@ def train(session: nox.Session) -> None:
 
 
 @nox.session
+def interrupts(session: nox.Session) -> None:
+    """Raises at every bytecode of every operation; then real signals for ten minutes."""
+    install(session, f"test,{PARTS}")
+    everywhere = {"JAX_PLATFORMS": "cpu", "STATEFUN_INTERRUPTS": "0"}
+    test = ("python", "-m", "pytest", "tests/test_interrupts.py")
+    session.run(*test, *session.posargs, env=everywhere)
+    session.run("python", "-m", "tests.interrupts", "1", "600", env=everywhere)
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Runs the tests; all of them, with the floor on coverage, unless told which."""
     install(session, f"test,examples,{PARTS}")

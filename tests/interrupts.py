@@ -10,10 +10,9 @@ Ctrl-C may arrive anywhere. So every operation here is run again and again, and 
   or version is left behind;
 - the operation, done again, gives the right result, and nothing is traced again.
 
-The last test does the same with real signals, in a process of its own.
-
-Run by hand, not by the suite: `pytest tests/interrupts.py`. Some places are not mended yet,
-and the first of them makes what comes after it fail as well.
+The operations and the means are here, the tests in `test_interrupts.py`: some places of
+each operation, or all of them with `nox -s interrupts`, which takes half an hour. It also
+runs `python -m tests.interrupts SEED SECONDS`, which does the same with real signals.
 """
 
 import contextlib
@@ -30,7 +29,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 import statefun as sf
 from statefun import _compat
@@ -43,7 +41,7 @@ PACKAGE = str(pathlib.Path(sf.__file__).parent) + os.sep
 WATCHED = (PACKAGE, contextlib.__file__)
 LIMIT = 10  # seconds until what hangs counts as a deadlock
 # At most so many places of each operation, spread evenly; 0 for all of them.
-PLACES = int(os.environ.get("STATEFUN_INTERRUPTS", "300"))
+PLACES = int(os.environ.get("STATEFUN_INTERRUPTS", "25"))
 
 
 # -- raising at the k-th bytecode ---------------------------------------------------
@@ -212,13 +210,13 @@ class Probe:
         assert number(self.plain) == -n
 
 
-def places(total):
-    if not PLACES or total <= PLACES:
+def places(total, most=PLACES):
+    if not most or total <= most:
         return list(range(total))
-    return sorted(set(np.linspace(0, total - 1, PLACES).astype(int).tolist()))
+    return sorted(set(np.linspace(0, total - 1, most).astype(int).tolist()))
 
 
-def failures(operation, states, runs, probe):
+def failures(operation, states, runs, probe, most=PLACES):
     """Interrupts the operation, which adds 1 to each State, at each place in turn.
 
     **Returns:** what went wrong, and where. Ends at the first that may spoil the rest.
@@ -228,7 +226,7 @@ def failures(operation, states, runs, probe):
     for _ in range(2):  # read as often as before an interrupt: the same bytecodes run
         assert len({number(s) for s in states}) == 1
     traced, missed = len(runs), 0
-    chosen = places(bytecodes(operation))
+    chosen = places(bytecodes(operation), most)
     for at in chosen:
         (n,) = {number(s) for s in states}
         place = interrupt(operation, at)
@@ -245,7 +243,7 @@ def failures(operation, states, runs, probe):
             assert len(runs) == traced, "it is traced again"
         except Exception as error:
             return f"interrupted at {place}: {type(error).__name__}: {error}"
-    assert 20 * missed <= len(chosen), "the operation does not run the same bytecodes"
+    assert 8 * missed <= len(chosen), "the operation does not run the same bytecodes"
     return ""
 
 
@@ -638,18 +636,6 @@ def copies():
     return counters.states, run
 
 
-@pytest.fixture
-def probe():
-    yield Probe()
-    restore()
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_an_interrupt_at_any_bytecode_leaves_states_before_or_after(name, probe):
-    states, run = OPERATIONS[name]()
-    assert failures(run, states, runs, probe) == ""
-
-
 # -- first calls: each is made by a new function ------------------------------------
 
 
@@ -678,34 +664,13 @@ def first_call_of_a_nest():
     return states, sf.filter_jit(f)
 
 
-@pytest.mark.parametrize("make", [first_call, first_call_of_a_nest])
-def test_an_interrupt_of_a_first_call_leaves_a_function_that_can_be_called(make, probe):
-    one = jnp.array(1)
-    total = bytecodes(lambda: make()[1](one))
-    for at in places(total)[:: 4 if PLACES else 1]:
-        states, f = make()
-        place = interrupt(lambda f=f: f(one), at)
-        there = probe.elsewhere(lambda states=states: {number(s) for s in states})
-        assert there in ({0}, {1}), place
-        try:
-            probe.check()
-            f(one)
-            f(one)
-        except Exception as error:
-            raise AssertionError(f"interrupted at {place}") from error
-        assert [number(s) for s in states] == [there.pop() + 2] * 3, place
-
-
 # -- real signals -------------------------------------------------------------------
 
 SIGNALS = """
-    import random, signal, sys, time
+    import os, random, signal, sys, time
     from tests.interrupts import OPERATIONS, Probe, number, runs
 
-    def handler(*_):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGALRM, handler)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)  # as Ctrl-C
     probe = Probe()
     random.seed(int(sys.argv[1]))
     made = []
@@ -725,7 +690,9 @@ SIGNALS = """
         (n,) = {number(s) for s in states}
         done = 0
         try:
-            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 6 * takes))
+            # And once more, should the first arrive in a finalizer, which ignores it.
+            soon = random.uniform(1e-6, 6 * takes)
+            signal.setitimer(signal.ITIMER_REAL, soon, 2)
             while True:
                 run()
                 done += 1
@@ -739,7 +706,6 @@ SIGNALS = """
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {error}")
             sys.stdout.flush()
-            import os
             os._exit(1)
         interrupted += 1
     print(f"{interrupted} interrupts")
@@ -751,7 +717,7 @@ def with_signals(seed, seconds):
         [sys.executable, "-c", textwrap.dedent(SIGNALS), str(seed), str(seconds)],
         capture_output=True,
         text=True,
-        timeout=seconds + 120,
+        timeout=seconds + 60,
         cwd=pathlib.Path(__file__).parent.parent,
     )
 
