@@ -173,6 +173,69 @@ def test_looking_at_a_module_in_its_init_sets_nothing():
     check(module)
 
 
+def readable():
+    return Two(
+        [Leaf(ones(), 1), {"k": ones(), "f": jax.nn.relu}], Named((ones(), None), 1)
+    )
+
+
+OTHERS = {
+    "static field": lambda: Two(
+        [Leaf(ones(), True), {"k": ones(), "f": jax.nn.relu}], Named((ones(), None), 1)
+    ),
+    "static leaf": lambda: eqx.tree_at(lambda m: m.b.y, readable(), True),
+    "function": lambda: eqx.tree_at(lambda m: m.a[1]["f"], readable(), jax.nn.tanh),
+    "array for a static leaf": lambda: eqx.tree_at(lambda m: m.b.y, readable(), ones()),
+    "static leaf for an array": lambda: eqx.tree_at(lambda m: m.b.x[0], readable(), 1),
+    "State for an array": lambda: eqx.tree_at(
+        lambda m: m.b.x[0], readable(), sf.State(ones())
+    ),
+    "None for an array": lambda: eqx.tree_at(lambda m: m.b.x[0], readable(), None),
+    "array for None": lambda: eqx.tree_at(
+        lambda m: m.b.x, readable(), (ones(), ones())
+    ),
+    "longer list": lambda: eqx.tree_at(
+        lambda m: m.a, readable(), [*readable().a, ones()]
+    ),
+    "tuple for a list": lambda: eqx.tree_at(
+        lambda m: m.a, readable(), tuple(readable().a)
+    ),
+    "tuple for a named one": lambda: eqx.tree_at(
+        lambda m: m.b, readable(), tuple(readable().b)
+    ),
+    "other keys": lambda: eqx.tree_at(
+        lambda m: m.a[1], readable(), {"k": ones(), "g": jax.nn.relu}
+    ),
+    "other class": lambda: eqx.tree_at(lambda m: m.a[0], readable(), Two(ones(), 1)),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_module_that_is_new_is_taken_for_no_other(kind, monkeypatch):
+    keys = [split(readable())[-1] for _ in range(3)]
+    form = keys[0][0]
+    assert form.reader is not None
+    other = OTHERS[kind]()
+    assert split(other)[-1] != keys[0]
+    check(OTHERS[kind]())
+    monkeypatch.setattr(modules, "_apart", None)
+    assert split(readable())[-1] == keys[0]
+
+
+def test_arrays_of_a_new_module_come_in_the_order_of_jax():
+    for _ in range(4):
+        module = readable()
+        arrays = filter(eqx.is_array, jax.tree.leaves(module))
+        assert all(x is y for x, y in zip(split(module)[0], arrays, strict=True))
+
+
+def test_a_static_list_changed_in_place_is_seen_in_new_modules():
+    tags, fn = [1], sf.filter_jit(lambda m: m.w * m.tag[0])
+    for n in (1, 1, 1, 2, 2, 3):
+        tags[0] = n
+        assert float(fn(Leaf(ones(), tags))[0]) == n
+
+
 def test_nothing_is_remembered_of_modules_in_a_trace():
     module = Leaf(ones())
 
@@ -377,6 +440,182 @@ def test_threads_see_what_they_pass():
     for thread in threads:
         thread.join()
     assert not errors
+
+
+# -- hot calls ----------------------------------------------------------------------
+
+
+def warm(fn, *args, **kwargs):
+    """Calls `fn` until only the hot path is left, and forbids any other."""
+    for _ in range(4):
+        out = fn(*args, **kwargs)
+    return out
+
+
+def hot(fn, monkeypatch):
+    """Calls of `fn` from now on, as a list that has an entry for each that is not hot."""
+    slow, run = [], fn._calls.run
+    monkeypatch.setattr(
+        fn._calls, "run", lambda *args, **kw: [slow.append(1), run(*args, **kw)][1]
+    )
+    return slow
+
+
+def test_modules_arrays_and_static_values_make_hot_calls(monkeypatch):
+    net = Two([Leaf(ones(), 1), np.ones(1, np.float32)], sf.State(ones()))
+
+    @sf.filter_jit
+    def fn(net, x, *, add=True, key=None):
+        net.b.value += 1
+        return net.a[0].w + x[0] + x[1]["k"] + (1 if add else 0)
+
+    x = (ones(), {"k": np.ones(1, np.float32)})
+    for kwargs in 2 * ({}, {"add": False}, {"key": ones()}):
+        warm(fn, net, x, **kwargs)
+    slow = hot(fn, monkeypatch)
+    before = float(net.b.value[0])
+    assert float(fn(net, x)[0]) == 4
+    assert float(fn(net, x, add=False)[0]) == 3
+    assert float(fn(net, x, key=ones())[0]) == 4
+    assert float(net.b.value[0]) == before + 3
+    assert not slow
+
+
+def test_a_decorated_call_is_hot(monkeypatch):
+    class Net(eqx.Module):
+        count: sf.State
+        w: jax.Array
+
+        @sf.filter_jit
+        def __call__(self, x):
+            self.count.value += 1
+            return self.w * x
+
+    nets = [Net(sf.State(jnp.array(0)), ones() * i) for i in range(3)]
+    for net in nets:
+        warm(net, ones())
+    slow = hot(Net.__call__, monkeypatch)
+    for i, net in enumerate(nets):
+        assert float(net(ones())[0]) == i
+    assert [int(net.count.value) for net in nets] == [5, 5, 5]
+    assert not slow
+
+
+def test_a_hot_call_sees_that_a_state_has_another_structure():
+    net = Leaf(sf.State((ones(), "a")))
+    fn = sf.filter_jit(lambda m: m.w.value[0] + (1.0 if m.w.value[1] == "b" else 0.0))
+    assert float(warm(fn, net)[0]) == 1
+    net.w.value = (ones(), "b")
+    assert float(fn(net)[0]) == 2
+    net.w.value = (ones(), "a")
+    assert float(fn(net)[0]) == 1
+
+
+def test_a_hot_call_sees_that_what_a_state_gave_out_was_changed():
+    net = Leaf(sf.State([ones()]))
+    fn = sf.filter_jit(lambda m: m.w.value[0] * 2)
+    warm(fn, net)
+    given = net.w.value
+    for i in range(3):
+        given[0] = ones() * i
+        assert float(fn(net)[0]) == 2 * i
+
+
+def test_a_hot_call_sees_that_a_state_is_reached_otherwise_too():
+    shared, other = sf.State(ones()), sf.State(ones())
+
+    @sf.filter_jit
+    def fn(m, x):
+        m.w.value = m.w.value + x
+        shared.value = shared.value * 2
+        return m.w.value
+
+    warm(fn, Leaf(other), ones())
+    warm(fn, net := Leaf(other), ones())
+    shared.value = ones()
+    assert float(fn(Leaf(shared), ones())[0]) == 4
+    one = Leaf(shared)
+    shared.value = ones()
+    assert [float(fn(one, ones())[0]) for _ in range(4)] == [4, 10, 22, 46]
+    assert float(fn(net, ones())[0]) == float(other.value[0])
+
+
+def test_a_hot_call_sees_that_two_arguments_share_a_state():
+    s, t = sf.State(ones()), sf.State(ones())
+    a, b, c = Leaf(s), Leaf(t), Leaf(s)
+
+    @sf.filter_jit
+    def fn(x, y):
+        x.w.value = x.w.value + 1
+        return y.w.value
+
+    assert float(warm(fn, a, b)[0]) == 1
+    before = float(s.value[0])
+    for i in range(1, 5):
+        assert float(fn(a, c)[0]) == before + i
+        assert float(fn(a, a)[0]) == float(s.value[0])
+        s.value = s.value - 1
+
+
+def test_a_hot_call_sees_that_a_state_holds_states():
+    inner = sf.State(ones())
+    net = Leaf(sf.State((ones(), ones())))
+
+    @sf.filter_jit
+    def fn(m):
+        item = m.w.value[1]
+        if isinstance(item, sf.State):
+            item.value = item.value + 1
+            item = item.value
+        return item
+
+    warm(fn, net)
+    net.w.value = (ones(), inner)
+    assert [float(fn(net)[0]) for _ in range(4)] == [2, 3, 4, 5]
+    assert float(inner.value[0]) == 5
+
+
+def test_a_hot_call_sees_the_attributes_of_a_state():
+    class Scaled(sf.State):
+        def __init__(self, value, scale):
+            super().__init__(value)
+            self.scale = scale
+
+    net = Leaf(Scaled(ones(), 1))
+    fn = sf.filter_jit(lambda m: m.w.value * m.w.scale)
+    warm(fn, net)
+    net.w.scale = 3
+    assert float(fn(net)[0]) == 3
+
+
+def test_a_hot_call_may_return_its_argument_and_make_states(monkeypatch):
+    net = Leaf(sf.State(ones()))
+    fn = sf.filter_jit(lambda m: (m, Leaf(sf.State(m.w.value * 2))))
+    warm(fn, net)
+    slow = hot(fn, monkeypatch)
+    (same, new), (_, newer) = fn(net), fn(net)
+    assert same.w is net.w
+    assert new.w is not newer.w
+    assert float(new.w.value[0]) == 2
+    assert not slow
+
+
+def test_none_for_a_keyword_is_not_the_default():
+    fn = sf.filter_jit(lambda x, k=1: x + (100 if k is None else k))
+    x = ones()
+    assert [float(fn(x, k=None)[0]) for _ in range(3)] == [101] * 3
+    assert [float(fn(x)[0]) for _ in range(3)] == [2] * 3
+    assert float(fn(x, k=None)[0]) == 101
+
+
+def test_a_module_that_is_gone_leaves_nothing_to_a_hot_call():
+    fn = sf.filter_jit(lambda m: m.w.value + m.tag)
+    net = Leaf(sf.State(ones()), 1)
+    warm(fn, net)
+    refs = weakref.ref(net), weakref.ref(net.w), weakref.ref(net.w.value)
+    del net
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 3
 
 
 def test_errors_name_the_parameter():

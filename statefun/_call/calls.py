@@ -21,6 +21,7 @@ catches it.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,12 +31,14 @@ from .._state import access
 from .._state.access import local
 from .._state.cell import Cell, Value, commit, in_turn, snapshot
 from .._state.state import State
+from .._state.structure import Structure
 from .._trace import frame, result
 from .._trace.names import Parameters
 from . import args as _args
 from .compiled import Compiled, Options, Restart, Trace, constrain, present
 from .keys import CacheKey
 from .locks import TracingLock
+from .modules import View
 from .site import Site
 
 
@@ -66,6 +69,64 @@ class Observer:
         return []
 
 
+class Plan:
+    """What a hot call does, see `fast`: which `jax.jit` it calls with which States.
+
+    A hot call has the States of its arguments in a list, and those that the program
+    reaches otherwise behind them; `places` are positions there.
+    """
+
+    __slots__ = (
+        *("_arg_cells", "_written", "cells", "closure", "compiled", "epoch", "n"),
+        *("places", "structures"),
+    )
+
+    def __init__(self, site: Site, compiled: Compiled, structures: Sequence[Structure]):
+        index, inputs = site.arg_cells, list(enumerate(compiled.cells))
+        self.compiled = compiled
+        self.closure = site.base.closure  # of the function; a live view
+        self.n = len(structures)
+        self.cells = [c for _, c in inputs if c not in index]
+        self.structures = [compiled.structures[i] for i, c in inputs if c not in index]
+        self.epoch = -1  # of `shared.structures`, when these last fitted
+        self._arg_cells = index
+        self._written: dict[Trace, list[Any]] = {}
+        others = iter(range(self.n, self.n + len(self.cells)))
+        places = [index[c] if c in index else next(others) for _, c in inputs]
+        in_order = places == list(range(self.n + len(self.cells)))
+        self.places = None if in_order else places
+
+    def written(self, trace: Trace, held: Sequence[Cell]) -> Sequence[Cell]:
+        """The States of a call that a program of it has written."""
+        if not self.n:
+            return trace.written
+        places = self._written.get(trace)
+        if places is None:
+            places = [self._arg_cells.get(c, c) for c in trace.written]
+            self._written[trace] = places
+        return [held[x] if isinstance(x, int) else x for x in places]
+
+
+def fits(site: Site, compiled: Compiled, structures: Sequence[Structure]) -> bool:
+    """Whether the States of the arguments are what a program was compiled for."""
+    index = site.arg_cells
+    return len(index) == len(structures) and all(
+        structures[index[cell]] is structure
+        for cell, structure in zip(compiled.cells, compiled.structures, strict=True)
+        if cell in index
+    )
+
+
+def _with_forms(key: Any, views: list[View]) -> Any:
+    """A key of `args.recall` as `args.split` has it, and its views in order."""
+    if type(key) is View:
+        views.append(key)
+        return key.form()
+    if type(key) is tuple:
+        return tuple([_with_forms(part, views) for part in key])
+    return key
+
+
 class Calls:
     """Calls one function, and owns all that was traced and compiled for it.
 
@@ -83,7 +144,7 @@ class Calls:
         self.lookups = 0
         self.misses = 0
         self.sites: dict[Any, Site] = {}
-        self.plans: dict[Any, Any] = {}  # of hot calls, see `fast`
+        self.plans: dict[Any, Plan] = {}  # of hot calls, see `fast`
         self.tracing = TracingLock()
         self.history: Any = None  # of its traces: the observer's
         # Of traces that went with a State of theirs: what that State was, by key.
@@ -139,8 +200,9 @@ class Calls:
         """A call, wherever it is made."""
         if _compat.jit_disabled():
             return self.eager(args, kwargs)
-        inside = local.frame is not None or not _compat.at_top_level()
-        run = self._run_in_trace if inside else self._run
+        run: Callable[..., Any] = self._run_in_trace
+        if local.frame is None and _compat.at_top_level():
+            run = functools.partial(self._run, call=(args, kwargs))
         trace, leaves, states = self._looked_up(run, args, kwargs)
         return trace.out.build(leaves, states)
 
@@ -205,8 +267,9 @@ class Calls:
         dynamic: Sequence[Any],
         states: Sequence[State],
         fixed: Compiled | None = None,
+        call: tuple[tuple, dict] | None = None,
     ) -> tuple[Trace, list[Any], Sequence[State]]:
-        """A call outside of any transform.
+        """A call outside of any transform; the next one like `call` may be a hot one.
 
         States whose buffers are given to XLA are taken meanwhile: nobody else may see
         them.
@@ -250,8 +313,8 @@ class Calls:
         else:
             trace, leaves, compiled = run()
         self._used(site, trace)
-        if fixed is None:
-            self._plan(site, compiled, len(dynamic))
+        if call is not None:
+            self._plan(site, compiled, *call)
         return trace, leaves, states
 
     def _commit(
@@ -272,11 +335,29 @@ class Calls:
         if writes and not commit(writes, seen):
             raise Restart
 
-    def _plan(self, site: Site, compiled: Compiled, n: int) -> None:
+    def _plan(self, site: Site, compiled: Compiled, args: tuple, kwargs: dict) -> None:
         """Makes the next call like this one a hot one, if it can be."""
-        simple = compiled.simple and not site.spares
-        if simple and not site.arg_cells and site.signature.only_arrays:
-            self.plans[n] = compiled
+        if not compiled.simple or site.spares:
+            return
+        if site.signature.only_arrays and not kwargs:
+            self.plans[len(args)] = Plan(site, compiled, ())
+        known = self.recall(args, kwargs) if args or kwargs else None
+        if known is None:
+            return
+        key, views = known[0], []
+        # If the arguments are still what they were when the site was looked up.
+        if _with_forms(key, views) == site.key:
+            structures = [s for view in views for s in view.structures]
+            if fits(site, compiled, structures):
+                self.plans[key] = Plan(site, compiled, structures)
+
+    def recall(
+        self, args: tuple, kwargs: dict
+    ) -> tuple[Any, list[Any], list[Any]] | None:
+        """Takes the arguments of a hot call apart: see `args.recall`."""
+        if self._static:
+            args, kwargs = self._static.mark(args, kwargs)
+        return _args.recall(args, kwargs)
 
     def _run_in_trace(
         self, site: Site, dynamic: Sequence[Any], states: Sequence[State]

@@ -129,9 +129,6 @@ class Compiled:
         self._const_index = {id(c): i for i, c in enumerate(consts)}
         # Of the traces compiled here: by how long the list is that a run gives back.
         self.traces: dict[int, Trace] = {}
-        self.epoch = (
-            -1
-        )  # of `shared.structures`, when the structures last fitted: `fast`
         # Whether nothing goes in but dynamic leaves and States, see `fast`.
         self.simple = not (
             consts or donated or donated_leaves or may_fail or shardings is not None

@@ -15,7 +15,7 @@ from .compiled import Restart, Trace
 
 
 class Fast:
-    """A callable whose calls with nothing but arrays are cheap.
+    """A callable whose calls with arrays and modules that it knows are cheap.
 
     Everything that can go wrong is looked at, and if anything is unusual (a transform
     under way, another thread that writes, a State of another structure, a function that
@@ -29,44 +29,61 @@ class Fast:
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         calls = self._calls
-        compiled = calls.plans.get(len(args))
-        if (
-            compiled is None
-            or kwargs
-            or find_top_trace(()) is not TOP_LEVEL
-            or local.frame is not None
-        ):
+        if find_top_trace(()) is not TOP_LEVEL or local.frame is not None:
             return calls.run(args, kwargs)
+        version = shared.version
+        key: Any = None if kwargs else len(args)
         if args:
             concrete = array_class()
             for arg in args:
                 if type(arg) is not concrete:
-                    return calls.run(args, kwargs)
-        version = shared.version
-        flats = [cell.flat for cell in compiled.cells]
+                    key = None
+                    break
+        held: Any = None  # the States of the arguments
+        dynamic: Any = args
+        if key is None:
+            known = calls.recall(args, kwargs)
+            if known is None:
+                return calls.run(args, kwargs)
+            key, dynamic, refs = known
+            if refs:
+                held = [ref() for ref in refs]
+        plan = calls.plans.get(key)
+        if plan is None:
+            return calls.run(args, kwargs)
+        cells = plan.cells
+        if held:
+            # One that the function reaches otherwise, too, makes another program.
+            if plan.closure and not plan.closure.keys().isdisjoint(held):
+                return calls.run(args, kwargs)
+            held += cells
+            places = plan.places
+            cells = held if places is None else [held[i] for i in places]
+        flats = [cell.flat for cell in cells]
         if version & 1 or shared.taken or shared.version != version:
             return calls.run(args, kwargs)
-        if compiled.epoch != shared.structures:
+        if plan.epoch != shared.structures and plan.cells:
             epoch = shared.structures
-            for cell, structure in zip(
-                compiled.cells, compiled.structures, strict=True
-            ):
+            for cell, structure in zip(plan.cells, plan.structures, strict=True):
                 if cell.structure is not structure:
                     return calls.run(args, kwargs)
                 if cell.handed is not None:
                     epoch = -1  # somebody may change it in place, at any time
             if epoch < 0:
-                settle(compiled.cells)
+                settle(plan.cells)
                 if shared.version != version:
                     return calls.run(args, kwargs)
-            compiled.epoch = epoch
+            plan.epoch = epoch
+        compiled = plan.compiled
         try:
-            out = compiled.jit(*args, flats) if args else compiled.jit(flats)
+            out = compiled.jit(*dynamic, flats) if dynamic else compiled.jit(flats)
         except Restart:
             return calls.run(args, kwargs)
         trace = compiled.traces[len(out)]
-        cells = trace.written
-        if cells:
+        written = trace.written
+        if written:
+            if held:
+                written = plan.written(trace, held)
             before = None
             try:
                 lock.acquire()
@@ -75,20 +92,16 @@ class Fast:
                     before = version
                     n = trace.n_out
                     shared.version = version + 1
-                    for cell, flat in zip(cells, out[n:] if n else out):  # noqa: B905
+                    for cell, flat in zip(written, out[n:] if n else out):  # noqa: B905
                         cell.flat = flat
                     shared.version = version + 2
                 lock.release()
             except BaseException:
-                recover(_writes(trace, out), before)
+                recover(_writes(written, trace, out), before)
                 raise
             if before is None:
-                seen = (
-                    {}
-                    if trace.effects
-                    else dict(zip(compiled.cells, flats, strict=True))
-                )
-                if not commit(_writes(trace, out), seen):
+                seen = {} if trace.effects else dict(zip(cells, flats, strict=True))
+                if not commit(_writes(written, trace, out), seen):
                     return calls.run(args, kwargs)
         calls.lookups = trace.tick = calls.lookups + 1
         if not trace.filed:
@@ -96,7 +109,10 @@ class Fast:
         result = trace.result
         if result == 0:
             return None
-        return out[0] if result == 1 else trace.out.build(out[: trace.n_out])
+        if result == 1:
+            return out[0]
+        states = [cell.handle() for cell in held[: plan.n]] if held else ()
+        return trace.out.build(out[: trace.n_out], states)
 
 
 class Bound(Fast):
@@ -106,10 +122,11 @@ class Bound(Fast):
         return super().__call__(*self._bound, *args, **kwargs)
 
 
-def _writes(trace: Trace, out: Sequence[Any]) -> dict[Cell, Value]:
-    flats = out[trace.n_out : trace.n_out + len(trace.written)]
-    pairs = zip(flats, trace.structures, strict=True)
-    return dict(zip(trace.written, pairs, strict=True))
+def _writes(
+    written: Sequence[Cell], trace: Trace, out: Sequence[Any]
+) -> dict[Cell, Value]:
+    flats = out[trace.n_out : trace.n_out + len(written)]
+    return dict(zip(written, zip(flats, trace.structures, strict=True), strict=True))
 
 
 class AheadOfTime:

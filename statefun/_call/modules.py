@@ -24,6 +24,7 @@ their path from the module: holding them would hold what refers back to the modu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -41,10 +42,10 @@ import numpy as np
 
 from .._compat import array_class, at_top_level
 from .._state.access import local
-from .._state.cell import Cell
+from .._state.cell import Cell, settle, shared
 from .._state.state import Param, State
 from .._state.static import TreeDef, is_identity, static_key, treedef_key
-from .._state.structure import ARRAY
+from .._state.structure import ARRAY, Structure
 
 
 class Form:
@@ -53,12 +54,28 @@ class Form:
     Equal to itself only, which makes it a key that is compared in no time.
     """
 
-    __slots__ = ("__weakref__", "plan", "steady", "treedef")
+    __slots__ = (
+        *("__weakref__", "keys", "reader", "steady", "treedef"),
+        *("views", "watchlist"),
+    )
 
-    def __init__(self, treedef: TreeDef):
+    def __init__(self, treedef: TreeDef, keys: tuple):
         self.treedef = treedef
+        self.keys = keys  # of the leaves
+        self.reader: Reader | None = None  # made for the second module of this form
         self.steady = True  # until a node or a static value is found that may change
-        self.plan: Plan | None = None  # for modules with all fields frozen
+        self.watchlist: Watchlist | None = None  # for modules with all fields frozen
+        self.views: dict[tuple[Structure, ...], View] = {}
+
+
+class View:
+    """A form together with the structures that the States' values have: interned."""
+
+    __slots__ = ("form", "structures")
+
+    def __init__(self, form: Form, structures: tuple[Structure, ...]):
+        self.form = weakref.ref(form)
+        self.structures = structures
 
 
 class Unhashable(TypeError):
@@ -76,7 +93,7 @@ def _intern(treedef: TreeDef, keys: tuple) -> Form:
     while form is None:
         if known is not None and _forms.get(key) is known:
             _forms.pop(key, None)
-        new = Form(treedef)
+        new = Form(treedef, keys)
         gone = functools.partial(_forms.pop, key)  # gone(ref) runs no Python code
         known = _forms.setdefault(key, weakref.ref(new, gone))
         form = known()
@@ -118,13 +135,19 @@ def _apart(
     return _intern(treedef, keys), dynamic, states
 
 
-def take(arg: Any, dynamic: list[Any], states: list[State]) -> Any:
+def take(
+    arg: Any,
+    dynamic: list[Any],
+    states: list[Any],
+    module: Callable[[Any, _Entry | None, list[Any], list[Any]], Any],
+) -> Any:
     """Takes an argument apart, from memory where possible.
 
     **Arguments:**
 
     - `arg`: an argument, or an item of a plain container that is one.
     - `dynamic`, `states`: its arrays and States are appended to these, in JAX's order.
+    - `module`: what does it for a module: `apart`, or `remembered`.
 
     **Returns:** its key.
     """
@@ -132,27 +155,25 @@ def take(arg: Any, dynamic: list[Any], states: list[State]) -> Any:
     if kind is array_class():
         dynamic.append(arg)
         return ARRAY
-    if kind is _BoundMethod:  # made anew at each access: its module is what lasts
-        return kind, arg.__func__, take(arg.__self__, dynamic, states)
-    if isinstance(arg, eqx.Module):
-        return _take_module(arg, dynamic, states)
-    if kind is tuple or kind is list or (isinstance(arg, tuple) and _is_named(arg)):
-        return kind, tuple([take(x, dynamic, states) for x in arg])
+    entry = _entries.get(id(arg))
+    if entry is not None and entry() is arg:
+        return module(arg, entry, dynamic, states)
+    if kind is tuple or kind is list or (issubclass(kind, tuple) and _is_named(arg)):
+        return kind, tuple([take(x, dynamic, states, module) for x in arg])
     if kind is dict:
         names = sorted(arg)  # as JAX does
-        items = tuple([take(arg[name], dynamic, states) for name in names])
-        return kind, tuple(map(_name_key, names)), items
+        items = [take(arg[name], dynamic, states, module) for name in names]
+        return kind, tuple(map(_name_key, names)), tuple(items)
     if arg is None:
         return None
     if kind in _PLAIN:
         return static_key(arg)
+    if kind is _BoundMethod:  # made anew at each access: its module is what lasts
+        return kind, arg.__func__, take(arg.__self__, dynamic, states, module)
     if eqx.is_array(arg):  # NumPy's, and tracers
         dynamic.append(arg)
         return ARRAY
-    form, found, held = _apart(arg)
-    dynamic += found
-    states += held
-    return form
+    return module(arg, None, dynamic, states)
 
 
 class _Probe(eqx.Module):
@@ -184,13 +205,140 @@ def _is_named(arg: Any) -> bool:
 _named: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
 
+# -- another module of a form that is known -----------------------------------------
+
+
+class Unreadable(Exception):
+    """A module is not what a `Reader` is for."""
+
+
+class Reader:
+    """Takes modules of one form apart, quicker than JAX does, and finds no key for it.
+
+    It goes through the nodes level by level, and makes sure that each is as in the module
+    that it was made from: its class, its size, the static fields by identity. Where there
+    is any difference JAX is asked.
+    """
+
+    __slots__ = ("_nodes", "_order", "_statics")
+
+    def __init__(self, module: Any, form: Form):
+        # For each node: which of all it is, its class, how many items it has, what picks
+        # its children out of its fields, and what else there is.
+        self._nodes: list[tuple[int, type, int, Any, list[tuple[str, Any]]]] = []
+        self._statics: list[tuple[int, Any]] = []
+        order: dict[int, int] = {}
+        numbers: Any = form.treedef.unflatten(range(form.treedef.num_leaves))
+        queue: list[tuple[Any, Any]] = [(module, numbers)]
+        for i, (node, number) in enumerate(queue):  # it grows meanwhile
+            if isinstance(node, State):
+                raise Unreadable
+            if type(number) is int:
+                if form.keys[number] is ARRAY:
+                    order[number] = i
+                else:
+                    self._statics.append((i, form.keys[number]))
+            elif node is None:
+                self._statics.append((i, None))
+            elif isinstance(node, eqx.Module | dict):
+                names = [key for key, _ in _children(node)]
+                if not all(type(name) is str for name in names):  # True is found at 1
+                    raise Unreadable
+                get, fields = _picker(names), _fields(node)
+                rest = [(k, v) for k, v in fields.items() if k not in names]
+                self._nodes.append((i, type(node), len(fields), get, rest))
+                queue += zip(get(fields), get(_fields(number)), strict=True)
+            else:
+                self._nodes.append((i, type(node), len(node), None, []))
+                queue += zip(node, number, strict=True)
+        self._order = [order[number] for number in sorted(order)]
+
+    def read(self, module: Any) -> list[Any]:
+        """The arrays of the module.
+
+        **Raises:** `Unreadable`, or `KeyError`, if it is of another form.
+        """
+        queue = [module]
+        for i, kind, size, get, rest in self._nodes:
+            node = queue[i]
+            if type(node) is not kind:
+                raise Unreadable
+            fields = node if get is None else _fields(node)
+            if len(fields) != size:
+                raise Unreadable
+            for name, value in rest:
+                if fields[name] is not value:
+                    raise Unreadable
+            queue += fields if get is None else get(fields)
+        for i, key in self._statics:
+            leaf = queue[i]
+            if leaf is not None if key is None else static_key(leaf) != key:
+                raise Unreadable
+        arrays = [queue[i] for i in self._order]
+        concrete = array_class()
+        if not all(type(x) is concrete or eqx.is_array(x) for x in arrays):
+            raise Unreadable
+        return arrays
+
+
+def _fields(node: Any) -> dict[str, Any]:
+    # Equinox looks at every attribute on its way out, in Python.
+    is_dict = isinstance(node, dict)
+    return node if is_dict else object.__getattribute__(node, "__dict__")
+
+
+def _picker(names: list[str]) -> Callable[[dict[str, Any]], tuple]:
+    if len(names) > 1:
+        return operator.itemgetter(*names)
+    return lambda fields: tuple([fields[name] for name in names])
+
+
+def _children(node: Any) -> list[tuple[Any, Any]]:
+    """The children of a node, as JAX sees them, each with its name, key or index."""
+    items = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
+    if isinstance(node, eqx.Module):
+        return [(key.name, child) for (key,), child in items]
+    if isinstance(node, dict):
+        return [(key.key, child) for (key,), child in items]
+    return [(i, child) for i, (_, child) in enumerate(items)]
+
+
+# The forms that modules of a class had, those with a `Reader` first.
+_forms_of: weakref.WeakKeyDictionary[type, list[weakref.ref[Form]]] = (
+    weakref.WeakKeyDictionary()
+)
+_MAX_FORMS = 4
+
+
+def _read(module: Any, dynamic: list[Any]) -> Form | None:
+    """Takes a module apart that is of a form which others of its class had."""
+    for ref in _forms_of.get(type(module), ()):
+        form = ref()
+        if form is not None and form.reader is not None:
+            with contextlib.suppress(Unreadable, KeyError):
+                dynamic += form.reader.read(module)
+                return form
+    return None
+
+
+def _learn_to_read(module: Any, form: Form) -> None:
+    known = [ref for ref in _forms_of.get(type(module), []) if ref() is not None]
+    if form.reader is None and form.steady and any(ref() is form for ref in known):
+        form.steady = _watchlist(module, form, set()) is not None
+        with contextlib.suppress(Unreadable, KeyError):
+            form.reader = Reader(module, form) if form.steady else None
+    if all(ref() is not form for ref in known):
+        known = [weakref.ref(form), *known][:_MAX_FORMS]
+    _forms_of[type(module)] = known
+
+
 # -- memory -------------------------------------------------------------------------
 
 Path = tuple[tuple[bool, Any], ...]
 """Where in a module: for each step, is it an attribute, and its name, key or index."""
 
 
-class Plan(NamedTuple):
+class Watchlist(NamedTuple):
     """What of the modules of one form has to be looked at in every call."""
 
     # Lists, dicts and `__dict__`s of open modules, and tuples in one of these: an outer
@@ -211,15 +359,36 @@ class Watch(NamedTuple):
     items: Sequence[Callable[[], Any] | None]
 
 
-class Memory(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class Memory:
     """How a module came apart."""
 
     form: weakref.ref[Form]  # weak: its statics may refer to the module
     dynamic: list[Any]
     weak: Sequence[tuple[int, weakref.ref]]  # arrays that are held weakly
-    states: Sequence[weakref.ref[State]]
-    state_keys: Sequence[tuple[int, Any]]  # of those whose attributes may change
+    cells: Sequence[weakref.ref[Cell]]
+    state_keys: Sequence[tuple[int, Any]]  # of States whose attributes may change
     watched: Sequence[Watch]
+    # What its States' values looked like, and when: of `shared.structures`.
+    view: tuple[View | None, int] = (None, -1)
+
+    def holds(self, module: Any) -> bool:
+        """Whether the module is as it was."""
+        return all(_is_as_it_was(module, watch) for watch in self.watched) and all(
+            _state(self.cells[i])._static_key() == key for i, key in self.state_keys
+        )
+
+    def arrays(self) -> list[Any]:
+        if not self.weak:
+            return self.dynamic
+        arrays = self.dynamic.copy()
+        for i, ref in self.weak:
+            arrays[i] = ref()
+        return arrays
+
+
+def _state(ref: weakref.ref[Cell]) -> State:
+    return ref().handle()  # type: ignore[union-attr, misc]
 
 
 class _Entry(weakref.ref):
@@ -255,53 +424,78 @@ def _item_died(guard: Any) -> None:
         entry.memory = None
 
 
-def _take_module(module: Any, dynamic: list[Any], states: list[State]) -> Form:
-    if local.frame is not None or not at_top_level():
-        form, found, held = _apart(module)
-    else:
-        entry = _entries.get(id(module))
-        if entry is None or entry() is not module:
-            entry = _Entry(module, _module_died)
-            form, found, held = _apart(module)
-            _entries[entry.key] = entry
-        else:
-            form = _recall(module, entry.memory, dynamic, states)
+def apart(
+    module: Any, entry: _Entry | None, dynamic: list[Any], states: list[State]
+) -> Form:
+    """Takes what is no plain container apart; a module from memory where it is there."""
+    nodes: list[Any] | None = None
+    if local.frame is None and at_top_level():
+        memory = entry and entry.memory
+        form = memory and memory.form()
+        if memory is not None and form is not None and memory.holds(module):
+            dynamic += memory.arrays()
+            states += map(_state, memory.cells)
+            return form
+        if entry is not None:
+            nodes = []
+        elif isinstance(module, eqx.Module):
+            _entries[id(module)] = _Entry(module, _module_died)
+            form = _read(module, dynamic)
             if form is not None:
                 return form
-            nodes: list[Any] = []
-            form, found, held = _apart(module, nodes.append)
-            entry.memory = _remember(entry, module, form, found, held, nodes)
+    form, found, held = _apart(module, None if nodes is None else nodes.append)
+    if nodes is not None:
+        assert entry is not None
+        entry.memory = _remember(entry, module, form, found, held, nodes)
+    elif entry is None and isinstance(module, eqx.Module):
+        _learn_to_read(module, form)
     dynamic += found
     states += held
     return form
 
 
-def _recall(
-    module: Any, memory: Memory | None, dynamic: list[Any], states: list[State]
-) -> Form | None:
-    """The form, if the module is as it was; its arrays and States are then appended."""
-    form = memory and memory.form()
-    if memory is None or form is None:
-        return None
-    arrays = memory.dynamic
-    if memory.weak:
-        arrays = arrays.copy()
-        for i, ref in memory.weak:
-            arrays[i] = ref()
-    held: Any = [ref() for ref in memory.states]
-    # An array or State that is gone was an item of what is watched.
-    if not all(_is_as_it_was(module, watch) for watch in memory.watched):
-        return None
-    if any(held[i]._static_key() != key for i, key in memory.state_keys):
-        return None
-    dynamic += arrays
-    states += held
-    return form
+class Forgotten(Exception):
+    """What a call needs of an argument is not remembered."""
+
+
+def remembered(
+    module: Any, entry: _Entry | None, dynamic: list[Any], cells: list[weakref.ref]
+) -> View:
+    """As `apart`, at top level and from memory alone: appends references to the cells,
+    and sees how the values in these are put together."""
+    memory = entry and entry.memory
+    if memory is None:
+        raise Forgotten
+    if (memory.watched or memory.state_keys) and not memory.holds(module):
+        raise Forgotten
+    if cells and not set(cells).isdisjoint(memory.cells):  # a State of two arguments
+        raise Forgotten
+    dynamic += memory.arrays() if memory.weak else memory.dynamic
+    cells += memory.cells
+    view, epoch = memory.view
+    if view is None or epoch != shared.structures:
+        return _look(memory)
+    return view
+
+
+def _look(memory: Memory) -> View:
+    epoch, form = shared.structures, memory.form()
+    if form is None:
+        raise Forgotten
+    cells: list[Any] = [ref() for ref in memory.cells]
+    if any(cell.handed is not None for cell in cells):
+        epoch = -1  # somebody may change it in place, at any time
+        settle(cells)
+    structures = tuple([cell.structure for cell in cells])
+    view = form.views.get(structures)
+    if view is None:
+        view = form.views.setdefault(structures, View(form, structures))
+    memory.view = view, epoch
+    return view
 
 
 def _find(module: Any, path: Path) -> Any:
     for is_attribute, name in path:
-        # Equinox looks at every attribute on its way out, in Python.
         module = object.__getattribute__(module, name) if is_attribute else module[name]
     return module
 
@@ -339,14 +533,14 @@ def _remember(
     if not form.steady:
         return None
     opened = [x for x in nodes if isinstance(x, eqx.Module) and _is_open(x)]
-    plan = None if opened else form.plan
-    if plan is None:
-        plan = _plan(module, form, set(map(id, opened)))
-        if plan is None:
+    watchlist = None if opened else form.watchlist
+    if watchlist is None:
+        watchlist = _watchlist(module, form, set(map(id, opened)))
+        if watchlist is None:
             form.steady = False
             return None
         if not opened:
-            form.plan = plan
+            form.watchlist = watchlist
 
     def guard(item: Any) -> Callable[[], Any]:
         try:
@@ -361,13 +555,13 @@ def _remember(
         names = tuple(node) if type(node) is dict else None
         pairs = enumerate(node) if names is None else node.items()
         items = [
-            None if (*path, (False, name)) in plan.watched else guard(item)
+            None if (*path, (False, name)) in watchlist.watched else guard(item)
             for name, item in pairs
         ]
         return Watch(path, type(node), names, items)
 
     arrays, weak = list(dynamic), []
-    for i in plan.weak:
+    for i in watchlist.weak:
         try:
             weak.append((i, weakref.ref(arrays[i])))
         except TypeError:  # a NumPy scalar
@@ -377,13 +571,13 @@ def _remember(
         weakref.ref(form),
         arrays,
         weak,
-        [weakref.ref(state) for state in states],
+        [weakref.ref(state._own) for state in states],
         [
             (i, state._static_key())
             for i, state in enumerate(states)
             if type(state) not in (State, Param)  # these have no attributes
         ],
-        [watch(path) for path in plan.watched],
+        [watch(path) for path in watchlist.watched],
     )
 
 
@@ -404,7 +598,7 @@ def _is_open(module: eqx.Module) -> bool:
     return True
 
 
-def _plan(module: Any, form: Form, opened: set[int]) -> Plan | None:
+def _watchlist(module: Any, form: Form, opened: set[int]) -> Watchlist | None:
     """Finds out where in a module something can change; None: anywhere."""
     arrays = 0
     watched: list[Path] = []
@@ -436,11 +630,7 @@ def _plan(module: Any, form: Form, opened: set[int]) -> Plan | None:
             return False
         if loose:
             watched.append(path)
-        items = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
-        for i, (((key,), x), below) in enumerate(
-            zip(items, treedef.children(), strict=True)
-        ):
-            name = key.name if is_module else key.key if kind is dict else i
+        for (name, x), below in zip(_children(node), treedef.children(), strict=True):
             step = is_module and not loose, name
             if not visit(x, below, (*path, step), loose):
                 return False
@@ -448,7 +638,7 @@ def _plan(module: Any, form: Form, opened: set[int]) -> Plan | None:
 
     if not visit(module, form.treedef, (), False):
         return None
-    return Plan(tuple(watched), tuple(weak))
+    return Watchlist(tuple(watched), tuple(weak))
 
 
 _CONSTANT = (
