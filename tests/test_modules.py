@@ -618,6 +618,20 @@ def test_a_module_that_is_gone_leaves_nothing_to_a_hot_call():
     assert [ref() for ref in refs] == [None] * 3
 
 
+def test_modules_of_a_result_are_known_as_arguments():
+    model = Two([Leaf(ones(), 1), Leaf(ones())], (ones(), None))
+    key = split({"m": model})[-1]
+    new = jax.tree.map(lambda x: x + 1, ({"m": model}, ones()))
+    arrays = jax.tree.leaves(new)
+    modules.adopt(new, modules.adoptions(new), arrays)
+    assert modules._entries[id(new[0]["m"])].memory is not None
+    dynamic, _, again = split(new[0])
+    assert again == key
+    assert all(x is y for x, y in zip(dynamic, arrays, strict=False))
+    new[0]["m"].a.reverse()
+    check(new[0]["m"])
+
+
 def test_errors_name_the_parameter():
     fn = sf.StatefulFunction(lambda net: 0)
     with pytest.raises(TypeError, match=r"^the argument `net\.w\[0\]` can't be hashed"):

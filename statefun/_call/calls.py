@@ -200,11 +200,12 @@ class Calls:
         """A call, wherever it is made."""
         if _compat.jit_disabled():
             return self.eager(args, kwargs)
-        run: Callable[..., Any] = self._run_in_trace
-        if local.frame is None and _compat.at_top_level():
-            run = functools.partial(self._run, call=(args, kwargs))
+        if local.frame is not None or not _compat.at_top_level():
+            trace, leaves, states = self._looked_up(self._run_in_trace, args, kwargs)
+            return trace.out.build(leaves, states)
+        run = functools.partial(self._run, call=(args, kwargs))
         trace, leaves, states = self._looked_up(run, args, kwargs)
-        return trace.out.build(leaves, states)
+        return trace.build(leaves, states)
 
     def trace_ahead(self, args: tuple, kwargs: dict) -> tuple[Site, Compiled, Any]:
         """For a call that is made later: its site, what it runs, and JAX's trace of it."""

@@ -20,6 +20,7 @@ from .._state.cell import Cell, Value, Values
 from .._state.structure import ARRAY, Structure
 from .._trace.program import Program
 from .._trace.result import OutTree
+from . import modules
 from .args import spread_prefix
 
 
@@ -57,7 +58,7 @@ class Trace:
         self.configuration = configuration
         self.n_out = program.n_out
         self.out = program.out
-        # How `fast` makes the result: it is None, or the first array, or built.
+        # The result is None, or the first array, or built.
         self.result = 0 if program.out.is_none else 1 if program.out.is_array else 2
         self.written = tuple(program.writes)
         self.structures = tuple(program.writes.values())
@@ -69,11 +70,22 @@ class Trace:
         )
         self.tick = 0
         self.filed = False
+        self._modules: tuple[modules.Adoption, ...] | None = None  # in the result
         # Where each State of the program is among those of the arguments, if it is; and
         # the arguments that it was traced with, weakly: a cache must not keep a model
         # alive.
         self.positions: tuple[int | None, ...] = ()
         self.arguments: tuple[Callable[[], Any], ...] = ()
+
+    def build(self, arrays: Sequence[Any], states: Sequence[Any]) -> Any:
+        """The result of a call at top level, whose modules may be the next arguments."""
+        out = self.out.build(arrays, states)
+        if not self.out.packed:
+            if self._modules is None:
+                self._modules = modules.adoptions(out)
+            if self._modules:
+                modules.adopt(out, self._modules, arrays)
+        return out
 
 
 class _Present(threading.local):

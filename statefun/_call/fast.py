@@ -112,7 +112,7 @@ class Fast:
         if result == 1:
             return out[0]
         states = [cell.handle() for cell in held[: plan.n]] if held else ()
-        return trace.out.build(out[: trace.n_out], states)
+        return trace.build(out[: trace.n_out], states)
 
 
 class Bound(Fast):

@@ -55,13 +55,14 @@ class Form:
     """
 
     __slots__ = (
-        *("__weakref__", "keys", "reader", "steady", "treedef"),
+        *("__weakref__", "keys", "passed", "reader", "steady", "treedef"),
         *("views", "watchlist"),
     )
 
     def __init__(self, treedef: TreeDef, keys: tuple):
         self.treedef = treedef
         self.keys = keys  # of the leaves
+        self.passed = False  # whether a module of this form was an argument
         self.reader: Reader | None = None  # made for the second module of this form
         self.steady = True  # until a node or a static value is found that may change
         self.watchlist: Watchlist | None = None  # for modules with all fields frozen
@@ -225,7 +226,7 @@ class Reader:
     def __init__(self, module: Any, form: Form):
         # For each node: which of all it is, its class, how many items it has, what picks
         # its children out of its fields, and what else there is.
-        self._nodes: list[tuple[int, type, int, Any, list[tuple[str, Any]]]] = []
+        self._nodes: list[tuple[int, type, bool, int, Any, list]] = []
         self._statics: list[tuple[int, Any]] = []
         order: dict[int, int] = {}
         numbers: Any = form.treedef.unflatten(range(form.treedef.num_leaves))
@@ -246,10 +247,11 @@ class Reader:
                     raise Unreadable
                 get, fields = _picker(names), _fields(node)
                 rest = [(k, v) for k, v in fields.items() if k not in names]
-                self._nodes.append((i, type(node), len(fields), get, rest))
+                is_module = isinstance(node, eqx.Module)
+                self._nodes.append((i, type(node), is_module, len(fields), get, rest))
                 queue += zip(get(fields), get(_fields(number)), strict=True)
             else:
-                self._nodes.append((i, type(node), len(node), None, []))
+                self._nodes.append((i, type(node), False, len(node), None, []))
                 queue += zip(node, number, strict=True)
         self._order = [order[number] for number in sorted(order)]
 
@@ -259,11 +261,13 @@ class Reader:
         **Raises:** `Unreadable`, or `KeyError`, if it is of another form.
         """
         queue = [module]
-        for i, kind, size, get, rest in self._nodes:
-            node = queue[i]
+        getattribute = object.__getattribute__  # Equinox looks at each, in Python
+        for i, kind, is_module, size, get, rest in self._nodes:
+            fields = node = queue[i]
             if type(node) is not kind:
                 raise Unreadable
-            fields = node if get is None else _fields(node)
+            if is_module:
+                fields = getattribute(node, "__dict__")
             if len(fields) != size:
                 raise Unreadable
             for name, value in rest:
@@ -282,9 +286,7 @@ class Reader:
 
 
 def _fields(node: Any) -> dict[str, Any]:
-    # Equinox looks at every attribute on its way out, in Python.
-    is_dict = isinstance(node, dict)
-    return node if is_dict else object.__getattribute__(node, "__dict__")
+    return node if type(node) is dict else object.__getattribute__(node, "__dict__")
 
 
 def _picker(names: list[str]) -> Callable[[dict[str, Any]], tuple]:
@@ -324,9 +326,8 @@ def _read(module: Any, dynamic: list[Any]) -> Form | None:
 def _learn_to_read(module: Any, form: Form) -> None:
     known = [ref for ref in _forms_of.get(type(module), []) if ref() is not None]
     if form.reader is None and form.steady and any(ref() is form for ref in known):
-        form.steady = _watchlist(module, form, set()) is not None
         with contextlib.suppress(Unreadable, KeyError):
-            form.reader = Reader(module, form) if form.steady else None
+            form.reader = Reader(module, form) if _learn(module, form, ()) else None
     if all(ref() is not form for ref in known):
         known = [weakref.ref(form), *known][:_MAX_FORMS]
     _forms_of[type(module)] = known
@@ -342,8 +343,8 @@ class Watchlist(NamedTuple):
     """What of the modules of one form has to be looked at in every call."""
 
     # Lists, dicts and `__dict__`s of open modules, and tuples in one of these: an outer
-    # one before those inside.
-    watched: tuple[Path, ...]
+    # one before those inside. Of each the keys or indices of items that are watched, too.
+    watched: tuple[tuple[Path, frozenset], ...]
     weak: tuple[int, ...]  # the arrays that are items of what is watched
 
 
@@ -429,6 +430,7 @@ def apart(
 ) -> Form:
     """Takes what is no plain container apart; a module from memory where it is there."""
     nodes: list[Any] | None = None
+    is_new = False
     if local.frame is None and at_top_level():
         memory = entry and entry.memory
         form = memory and memory.form()
@@ -436,19 +438,22 @@ def apart(
             dynamic += memory.arrays()
             states += map(_state, memory.cells)
             return form
-        if entry is not None:
-            nodes = []
-        elif isinstance(module, eqx.Module):
+        is_new = entry is None and isinstance(module, eqx.Module)
+        if is_new:
             _entries[id(module)] = _Entry(module, _module_died)
             form = _read(module, dynamic)
             if form is not None:
                 return form
+        elif entry is not None:
+            nodes = []
     form, found, held = _apart(module, None if nodes is None else nodes.append)
-    if nodes is not None:
-        assert entry is not None
-        entry.memory = _remember(entry, module, form, found, held, nodes)
-    elif entry is None and isinstance(module, eqx.Module):
+    if is_new:
+        form.passed = True
         _learn_to_read(module, form)
+    elif nodes is not None and entry is not None:
+        watchlist = _learn(module, form, nodes)
+        if watchlist is not None:
+            entry.memory = _remember(entry, module, form, watchlist, found, held)
     dynamic += found
     states += held
     return form
@@ -516,31 +521,29 @@ def _is_as_it_was(module: Any, watch: Watch) -> bool:
     return all(item is None or item() is x for x, item in pairs)
 
 
+def _learn(module: Any, form: Form, nodes: Sequence[Any]) -> Watchlist | None:
+    """What has to be looked at in a module with these nodes; None: all of it."""
+    if not form.steady:
+        return None
+    opened = [x for x in nodes if isinstance(x, eqx.Module) and _is_open(x)]
+    if not opened and form.watchlist is not None:
+        return form.watchlist
+    watchlist = _watchlist(module, form, set(map(id, opened)))
+    form.steady = watchlist is not None
+    if not opened:
+        form.watchlist = watchlist
+    return watchlist
+
+
 def _remember(
     entry: _Entry,
     module: Any,
     form: Form,
+    watchlist: Watchlist,
     dynamic: Sequence[Any],
     states: Sequence[State],
-    nodes: Sequence[Any],
-) -> Memory | None:
-    """What is to be remembered of a module as it has just been taken apart.
-
-    **Arguments:**
-
-    - `nodes`: all nodes inside.
-    """
-    if not form.steady:
-        return None
-    opened = [x for x in nodes if isinstance(x, eqx.Module) and _is_open(x)]
-    watchlist = None if opened else form.watchlist
-    if watchlist is None:
-        watchlist = _watchlist(module, form, set(map(id, opened)))
-        if watchlist is None:
-            form.steady = False
-            return None
-        if not opened:
-            form.watchlist = watchlist
+) -> Memory:
+    """What is to be remembered of a module as it has just been taken apart."""
 
     def guard(item: Any) -> Callable[[], Any]:
         try:
@@ -550,14 +553,11 @@ def _remember(
         ref.key = entry.key
         return ref
 
-    def watch(path: Path) -> Watch:
+    def watch(path: Path, inner: frozenset) -> Watch:
         node = _find(module, path)
         names = tuple(node) if type(node) is dict else None
         pairs = enumerate(node) if names is None else node.items()
-        items = [
-            None if (*path, (False, name)) in watchlist.watched else guard(item)
-            for name, item in pairs
-        ]
+        items = [None if name in inner else guard(item) for name, item in pairs]
         return Watch(path, type(node), names, items)
 
     arrays, weak = list(dynamic), []
@@ -577,7 +577,7 @@ def _remember(
             for i, state in enumerate(states)
             if type(state) not in (State, Param)  # these have no attributes
         ],
-        [watch(path) for path in watchlist.watched],
+        [watch(path, inner) for path, inner in watchlist.watched],
     )
 
 
@@ -638,7 +638,11 @@ def _watchlist(module: Any, form: Form, opened: set[int]) -> Watchlist | None:
 
     if not visit(module, form.treedef, (), False):
         return None
-    return Watchlist(tuple(watched), tuple(weak))
+    inner: dict[Path, set] = {path: set() for path in watched}
+    for *around, (_, name) in filter(None, watched):
+        inner.get(tuple(around), set()).add(name)
+    paths = tuple((path, frozenset(names)) for path, names in inner.items())
+    return Watchlist(paths, tuple(weak))
 
 
 _CONSTANT = (
@@ -664,3 +668,58 @@ def _is_constant(static: Any) -> bool:
             for field in dataclasses.fields(kind)
         )
     )
+
+
+# -- results ------------------------------------------------------------------------
+
+
+class Adoption(NamedTuple):
+    """A module in a result, and which of the result's arrays are its own."""
+
+    path: Path
+    form: weakref.ref[Form]
+    start: int
+    stop: int
+
+
+def adoptions(result: Any) -> tuple[Adoption, ...]:
+    """The modules in a result, if there are any that can be remembered, for `adopt`."""
+    found: list[Adoption] = []
+    count = 0
+
+    def visit(item: Any, path: Path) -> None:
+        nonlocal count
+        if isinstance(item, eqx.Module):
+            form, dynamic, states = _apart(item)
+            if not states and _learn(item, form, ()):
+                found.append(
+                    Adoption(path, weakref.ref(form), count, count + len(dynamic))
+                )
+            count += len(dynamic)
+        elif type(item) in (list, dict) or (
+            isinstance(item, tuple) and _is_named(item)
+        ):
+            for name, child in _children(item):
+                visit(child, (*path, (False, name)))
+        else:
+            count += sum(map(eqx.is_array, jtu.tree_leaves(item)))
+
+    visit(result, ())
+    return tuple(found)
+
+
+def adopt(result: Any, found: Sequence[Adoption], arrays: Sequence[Any]) -> None:
+    """Remembers the modules in a result, which were just put together from `arrays`.
+
+    What a training step gives back is what the next one is given: so it need not be taken
+    apart for that. Modules of forms that were never an argument are left alone.
+    """
+    for path, ref, start, stop in found:
+        form = ref()
+        if form is not None and form.passed and form.watchlist is not None:
+            module = _find(result, path)
+            entry = _Entry(module, _module_died)
+            entry.memory = _remember(
+                entry, module, form, form.watchlist, arrays[start:stop], ()
+            )
+            _entries[entry.key] = entry
