@@ -40,13 +40,8 @@ from .._state.access import StandIns, current, local, read_inside_raw_transform
 from .._state.cell import UNSET, Cell, Value, commit, committed
 from .._state.handed import Handed
 from .._state.structure import Structure, flat_of, leaves_of
+from . import stale
 from .nondiff import as_read_by_solver
-from .stale import (
-    forget_inner_traces,
-    leave_trace_context,
-    state_probe_p,
-    trace_context,
-)
 
 # -- primitives ---------------------------------------------------------------------
 
@@ -80,7 +75,7 @@ class Frame:
     """
 
     _keeps = False
-    _top = False
+    is_top = False  # whether no trace is under way, JAX's or one of ours
     known: Mapping[Cell, Value] = types.MappingProxyType({})
     stand_ins: StandIns | None = None
 
@@ -90,9 +85,13 @@ class Frame:
         self.reads: dict[Cell, Value] = {}
         self.writes: dict[Cell, Value] = {}
         self.created: dict[Cell, None] = {}
-        # States that a raw transform has kept the value of, see `forget_inner_traces`.
+        # See `stale`, which sets these: States that a raw transform has kept the value
+        # of, the generation that began with this frame or in it, and whether a value was
+        # kept that this frame shows, and those around don't.
         self.kept: set[Cell] = set()
-        self._contexts = contextlib.ExitStack()
+        self.generation = 0
+        self.misled = False
+        self.contexts = contextlib.ExitStack()
         self.checks = False  # a runtime check is in flight, see `_run`
         # States that a transform inside has written, and not handed on yet.
         self.pending: frozenset[Cell] = frozenset()
@@ -108,7 +107,7 @@ class Frame:
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         local.frame = self.parent
-        self._contexts.close()
+        self.contexts.close()
         try:
             if kind is None:
                 self._check_mutation()
@@ -118,9 +117,13 @@ class Frame:
             self._trace = self.parent = self.stand_ins = None
 
     def read(self, cell: Cell) -> Value:
-        if not self.is_current():
-            self._foreign_read(cell)
-        return as_read_by_solver(cell, self.peek(cell))
+        if self.is_current():
+            value = self.peek(cell)
+        else:
+            self._check_foreign_read(cell)
+            value = self.peek(cell)
+            self._note_kept(cell, value)
+        return as_read_by_solver(cell, value)
 
     def peek(self, cell: Cell) -> Value:
         """`read` by a frame further up, whose trace is not the current one."""
@@ -157,7 +160,7 @@ class Frame:
         self.writes[cell] = flat, structure
         keeper = self._keeper()
         if keeper is not None and cell in keeper.kept:
-            forget_inner_traces()
+            stale.forget_inner_traces()
 
     def create(self, cell: Cell, flat: Any, structure: Structure) -> None:
         if not self.is_current() and any(
@@ -202,23 +205,31 @@ class Frame:
             frame = frame.parent
         return frame
 
-    def _foreign_read(self, cell: Cell) -> None:
-        """A read inside a raw JAX transform, which the frame does not belong to.
+    def _check_foreign_read(self, cell: Cell) -> None:
+        """Of a read inside a raw JAX transform, which the frame does not belong to.
 
         The value belongs to the frame's own trace, so it may be used in there. Raw
         transforms that make a jaxpr keep it, though, and JAX may use that jaxpr again
-        in another trace: `forget_inner_traces` deals with it where a program is being
-        traced, and there is no remedy where none is.
+        in another trace: `stale` deals with it where a frame keeps, and there is no
+        remedy where none does.
         """
+        if self._keeper() is None and _compat.makes_jaxpr():
+            raise foreign_read(cell)
+
+    def _note_kept(self, cell: Cell, value: Value) -> None:
+        """Such a read has given a value."""
         keeper = self._keeper()
         if keeper is None:
-            if _compat.makes_jaxpr():
-                raise foreign_read(cell)
-        else:
-            keeper.kept.add(cell)
-            if isinstance(keeper, TracedFrame):
-                keeper.probes += 1
-                state_probe_p.bind(token=keeper.probes)
+            return
+        keeper.kept.add(cell)
+        if isinstance(keeper, TracedFrame):
+            keeper.probes += 1
+            stale.state_probe_p.bind(token=keeper.probes)
+        owner: Frame = self
+        while not owner.generation and owner is not keeper:
+            assert owner.parent is not None, "the keeper is further up"
+            owner = owner.parent
+        stale.note_kept(owner, cell, value)
 
     def _check_mutation(self) -> None:
         for cell, handed in self.handed.items():
@@ -236,6 +247,7 @@ class Overlay(Frame):
     - `keeps`: whether a raw transform inside may keep what it sees in a jaxpr, so that
         this frame has to see to it that nobody uses that later.
     - `view`: makes of the value that a State has outside the one that it has inside.
+    - `changes`: whether it makes another one of it; by default it may of all.
     - `sealed`: whether the frames around have nothing to do with it, because JAX may run
         the function at any time; States that are not in `values` then go to `view`.
     """
@@ -246,25 +258,40 @@ class Overlay(Frame):
         keeps: bool = False,
         view: Callable[[Cell, Value], Value] | None = None,
         sealed: bool = False,
+        changes: Callable[[Cell], bool] = lambda _: True,
     ):
         super().__init__()
         self._view = view
+        self._changes = changes
         self._sealed = sealed
         self._values = dict(values or {})
         self._keeps = keeps
 
     def __enter__(self) -> Frame:
         super().__enter__()
+        if self.parent is not None and self._shows_otherwise(self.parent._keeper()):
+            stale.renew(self)
         self.reads.update(self._values)
         self.order.update(dict.fromkeys(self._values))
         self._values.clear()
-        self._top = self.parent is None and _compat.at_top_level()
+        self.is_top = self.parent is None and _compat.at_top_level()
         return self
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
         super().__exit__(kind, *rest)
-        if self._keeps and self.kept:
-            forget_inner_traces()
+        if self._keeps and self.kept and not self.is_top:
+            stale.forget_inner_traces()
+        elif self.misled and local.frame is not None:
+            stale.renew(local.frame)
+
+    def _shows_otherwise(self, keeper: Frame | None) -> bool:
+        """Whether a State that was kept may look different in here."""
+        if keeper is None or not keeper.kept:
+            return False
+        if self._keeps:  # what is written in here is not written there
+            return True
+        viewed = self._view is not None and any(map(self._changes, keeper.kept))
+        return viewed or not keeper.kept.isdisjoint(self._values)
 
     def present(self, cell: Cell) -> Value | None:
         found = super().present(cell)
@@ -281,7 +308,7 @@ class Overlay(Frame):
                 return value
             with _compat.in_trace(self._trace):
                 return self._view(cell, value)
-        if self._top:
+        if self.is_top:
             return committed(cell)
         with _compat.in_trace(self._trace):
             return read_inside_raw_transform(cell)
@@ -291,10 +318,12 @@ class _Noting(Overlay):
     """An overlay inside a raw transform, in a frame that belongs to the trace around."""
 
     def _first_read(self, cell: Cell) -> Value:
-        value = super()._first_read(cell)
         assert self.parent is not None, "see `_inside_a_raw_transform`"
         with _compat.in_trace(self._trace):
-            self.parent._foreign_read(cell)
+            self.parent._check_foreign_read(cell)
+        value = super()._first_read(cell)
+        with _compat.in_trace(self._trace):
+            self.parent._note_kept(cell, value)
         return value
 
 
@@ -350,10 +379,6 @@ class TracedFrame(Frame):
     def __exit__(self, kind: Any, *rest: Any) -> None:
         self.known = {}
         super().__exit__(kind, *rest)
-        if kind is not None and self.kept:
-            # JAX has cached what raw transforms made inside; without a jaxpr there are
-            # no probes to look for.
-            forget_inner_traces()
 
 
 # -- running in a frame --------------------------------------------------------------
@@ -370,7 +395,7 @@ def back_outside(frame: Frame | None) -> None:
     """
     local.frame = frame
     if frame is None:
-        leave_trace_context()
+        stale.leave_trace_context()
 
 
 def transaction(run: Callable[[], R]) -> R:
@@ -397,7 +422,7 @@ def transaction(run: Callable[[], R]) -> R:
 def _at_top(run: Callable[[], R]) -> R:
     while True:
         with Overlay(keeps=True) as frame:
-            frame._contexts.enter_context(trace_context())
+            stale.begin(frame)
             out = run()
             if _settle(frame):
                 return out
@@ -415,7 +440,7 @@ def _settle(frame: Frame) -> bool:
     writes = frame.writes
     if not writes:
         return True
-    if not frame._top:
+    if not frame.is_top:
         raise foreign_write(next(iter(writes)))
     if frame.checks:
         jax.block_until_ready([flat for flat, _ in writes.values()])

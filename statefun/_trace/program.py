@@ -194,12 +194,19 @@ def trace(
 
     if named is not None:
         named.lend_to(flat)
-    with stale.trace_context():
-        closed = jax.make_jaxpr(flat, axis_env=axis_env)(*dynamic)
-    if at_top and any(isinstance(x, Tracer) for x in closed.consts):
-        # No trace is left that it could belong to.
-        raise escaped_tracer([c for c in frame.order if c in frame.kept])
-    refuse_left_behind(frame.created, run, static, found["out"], found["writes"])
+    try:
+        with stale.trace_context():
+            closed = jax.make_jaxpr(flat, axis_env=axis_env)(*dynamic)
+        if at_top and any(isinstance(x, Tracer) for x in closed.consts):
+            # No trace is left that it could belong to.
+            raise escaped_tracer([c for c in frame.order if c in frame.kept])
+        refuse_left_behind(frame.created, run, static, found["out"], found["writes"])
+    except BaseException:
+        # JAX has cached what raw transforms made inside; without a jaxpr there are no
+        # probes to look for.
+        if frame.kept:
+            stale.forget_inner_traces()
+        raise
     n_reads = sum(len(s.slots) for s in found["reads"].values())
     closed, probes = lift(closed, n_reads)
     # A probe marks each read inside a raw transform. Those that are not at the top level

@@ -78,6 +78,7 @@ def run_pure(
     sealed: bool = False,
     backward: bool = False,
     ends: bool = False,
+    changes: Callable[[Cell], bool] = lambda _: True,
 ) -> tuple[Any, Updates]:
     """Runs a function inside a JAX transform.
 
@@ -85,14 +86,14 @@ def run_pure(
 
     - `run`: the user's function with its arguments.
     - `inside`: what States hold in there, where it differs from outside.
-    - `keeps`, `view`, `sealed`: see `frame.Overlay`.
+    - `keeps`, `view`, `sealed`, `changes`: see `frame.Overlay`.
     - `backward`: whether a backward pass follows before what was written is handed on.
     - `ends`: whether the values of the States that the function makes end with the
         transform. Then they are not among what was written.
 
     **Returns:** the result, its new States packed, and what was written.
     """
-    with Overlay(inside, keeps, view, sealed) as frame:
+    with Overlay(inside, keeps, view, sealed, changes) as frame:
         out = run()
         refuse_bare_state(out, "returned")
         out = pack(out, frame.created)
@@ -194,9 +195,13 @@ class Lanes:
         self._index = index
         self._split: dict[Cell, None] = {}
 
+    def splits(self, cell: Cell) -> bool:
+        """Whether the lanes see different values of the State."""
+        return cell.kind._in_lane is not None and self._size > 1
+
     def view(self, cell: Cell, value: Value) -> Value:
         in_lane = cell.kind._in_lane
-        if in_lane is None or self._size == 1:
+        if in_lane is None or not self.splits(cell):
             return value
         self._split[cell] = None
         flat, structure = value

@@ -79,8 +79,12 @@ class _Vmap(Wrapper):
         def inner(marker: Any, args: tuple, kwargs: dict) -> Any:
             inside.append(marker)
             try:
-                run = lambda: self._fun(*args, **kwargs)  # noqa: E731
-                out, written = run_pure(run, view=lane, ends=True)
+                out, written = run_pure(
+                    lambda: self._fun(*args, **kwargs),
+                    view=lane,
+                    ends=True,
+                    changes=lambda cell: rule(cell) is not None or lanes.splits(cell),
+                )
             finally:
                 inside.clear()  # a tracer must not outlive its trace
             written, advanced = lanes.take_out(written)
