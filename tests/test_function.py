@@ -1168,3 +1168,37 @@ def test_a_copy_has_the_options_and_an_empty_cache(copied):
     for name in ("fun", "static_argnums", "axis_env", "name", "return_only_write"):
         assert getattr(other, name) == getattr(fn, name)
     assert other(SCALE, 2) == 20
+
+
+# -- shapes for arrays ----------------------------------------------------------------
+
+
+def test_questions_take_shapes_for_arrays():
+    count = sf.State(jnp.array(0), name="count")
+
+    @sf.StatefulFunction
+    def f(module, x, *, y):
+        count.value += 1
+        return module(x) + y
+
+    linear = eqx.nn.Linear(2, 3, key=jax.random.key(0))
+    args = eqx.filter_eval_shape(lambda: (linear, jnp.ones(2), jnp.ones(3)))
+    module, x, y = args
+    assert f.get_out_shapes(module, x, y=y)[0] == y
+    assert f.get_write_states(linear, x, y=y) == (count,)
+    key = f.get_arg_cache_key(module, x, y=y)
+    assert key == f.get_arg_cache_key(linear, jnp.ones(2), y=jnp.ones(3))
+    assert f.get_jaxpr(linear, jnp.ones(2), y=jnp.ones(3), compile_if_miss=False)
+    _, states, out = sf.make_jaxpr(f.fun, return_shape=True)(module, x, y=y)
+    assert states == (count,) and out == y and count.value == 0
+
+
+def test_a_shape_is_static_in_a_call_and_where_it_is_declared_so():
+    def zeros(like):
+        return jnp.zeros(like.shape, like.dtype)
+
+    like = jax.ShapeDtypeStruct((2,), jnp.float32)
+    assert sf.filter_jit(zeros)(like).shape == (2,)
+    declared = sf.StatefulFunction(zeros, static_argnums=0)
+    assert not declared.get_jaxpr(like).in_avals
+    assert sf.StatefulFunction(zeros).jaxpr_call((), like)[1].shape == (2,)

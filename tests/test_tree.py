@@ -679,3 +679,51 @@ def test_values_around_another_static_array_are_refused():
     with pytest.raises(sf.StateValueError, match="does not fit Param"):
         sf.update(target.weight, Inner(np.array([1.0, 3.0]), jnp.zeros(2)))
     np.testing.assert_array_equal(target.weight.value.weight, [1.0, 1.0])
+
+
+# -- models of shapes -----------------------------------------------------------------
+
+
+class Both(eqx.Module):
+    linear: eqx.nn.Linear  # outside of the States
+    net: sf.Param
+    count: sf.State
+
+    def __init__(self, key):
+        self.linear = eqx.nn.Linear(2, 3, key=key)
+        self.net = sf.Param({"w": jnp.ones(3), "act": "relu"}, name="net")
+        self.count = sf.State(jnp.array(0), name="count")
+
+    def __call__(self, x):
+        self.count.value += 1
+        return self.linear(x) * self.net.value["w"]
+
+
+def test_a_model_of_shapes_is_filled_with_arrays():
+    key = jax.random.key(0)
+    model, shapes = Both(key), sf.filter_eval_shape(Both, key)
+    filled = sf.update(shapes, sf.freeze(model))
+    assert filled.net is shapes.net and filled.net.value["act"] == "relu"
+    np.testing.assert_array_equal(filled(jnp.ones(2)), model(jnp.ones(2)))
+    assert filled.count.value == model.count.value == 1
+    assert sf.update(filled, sf.freeze(model)) is filled
+
+
+def test_a_model_of_shapes_takes_its_own_shapes_only():
+    shapes = sf.filter_eval_shape(Both, jax.random.key(0))
+    values = sf.freeze(Both(jax.random.key(0)))
+    for where, path in (
+        (lambda m: m.net["w"], r"float32\[4\] in place of float32\[3\]"),
+        (lambda m: m.linear.bias, r"`\.linear\.bias`"),
+    ):
+        bad = eqx.tree_at(where, values, jnp.ones(4))
+        with pytest.raises(sf.StateValueError, match=path):
+            sf.update(shapes, bad)
+        assert shapes.net.value["w"] == jax.ShapeDtypeStruct((3,), jnp.float32)
+    assert sf.update(shapes, sf.freeze(shapes)).net is shapes.net
+
+
+def test_shapes_are_no_values_for_a_model_of_arrays():
+    model = Both(jax.random.key(0))
+    with pytest.raises(sf.StateValueError):
+        sf.update(model, sf.freeze(sf.filter_eval_shape(Both, jax.random.key(0))))

@@ -25,6 +25,10 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.tree_util as jtu
+import numpy as np
+
 from .. import _compat
 from .._errors import StateValueError, foreign_write, message
 from .._state import access
@@ -167,6 +171,24 @@ class Calls:
         """Where a call belongs, its dynamic leaves, and its States."""
         if self._static:
             args, kwargs = self._static.mark(args, kwargs)
+        return self._site(args, kwargs)
+
+    def site_ahead(self, args: tuple, kwargs: dict) -> tuple[Site, tuple, list[State]]:
+        """As `site`, for who only looks ahead: a `jax.ShapeDtypeStruct` is an array."""
+        if self._static:
+            args, kwargs = self._static.mark(args, kwargs)
+        leaves, treedef = jtu.tree_flatten((args, kwargs))
+        if not any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+            return self._site(args, kwargs)
+        shapes = {}
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                leaves[i] = np.empty(0)  # an array, whatever its shape and dtype
+                shapes[id(leaves[i])] = leaf
+        site, dynamic, states = self._site(*treedef.unflatten(leaves))
+        return site, tuple(shapes.get(id(x), x) for x in dynamic), states
+
+    def _site(self, args: tuple, kwargs: dict) -> tuple[Site, tuple, list[State]]:
         dynamic, states, key = _args.split(args, kwargs, self.names)
         site = self.sites.get(key)
         if site is None:
@@ -219,7 +241,7 @@ class Calls:
             arguments = compiled.arguments(dynamic, [flat for flat, _ in values])
             return site, compiled, compiled.jit.trace(*arguments)
 
-        return self._looked_up(trace, args, kwargs)
+        return self._looked_up(trace, args, kwargs, self.site_ahead)
 
     def run_ahead(
         self, site: Site, compiled: Compiled, args: tuple, kwargs: dict
@@ -233,29 +255,43 @@ class Calls:
         return trace.out.build(leaves, states)
 
     def find(
-        self, args: tuple, kwargs: dict, trace: bool = True
+        self, args: tuple, kwargs: dict, trace: bool = True, ahead: bool = True
     ) -> tuple[Site, Trace | None, tuple, list[State]]:
-        """The trace for these arguments, without a call."""
+        """The trace for these arguments, without a call; `ahead`: see `site_ahead`."""
 
         def find(site: Site, dynamic: Any, states: Any) -> Any:
             return site, site.find(dynamic, states, trace), dynamic, states
 
-        return self._looked_up(find, args, kwargs)
+        return self._looked_up(
+            find, args, kwargs, self.site_ahead if ahead else self.site
+        )
 
-    def _looked_up(self, act: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def _looked_up(
+        self,
+        act: Callable[..., Any],
+        args: tuple,
+        kwargs: dict,
+        look: Callable[..., Any] | None = None,
+    ) -> Any:
         """Looks a call up and does something with it, again where that says so."""
         self.lookups += 1
         states, frame_around = present.states, local.frame
         try:
-            return self._look_up(act, args, kwargs)
+            return self._look_up(act, args, kwargs, look or self.site)
         except BaseException:
             present.states = states
             frame.back_outside(frame_around)
             raise
 
-    def _look_up(self, act: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def _look_up(
+        self,
+        act: Callable[..., Any],
+        args: tuple,
+        kwargs: dict,
+        look: Callable[..., Any],
+    ) -> Any:
         while True:
-            site, dynamic, states = self.site(args, kwargs)
+            site, dynamic, states = look(args, kwargs)
             try:
                 with of_call(states):
                     return act(site, dynamic, states)

@@ -134,9 +134,9 @@ class AheadOfTime:
 
     def __init__(self, calls: Calls, args: tuple, kwargs: dict, bound: tuple = ()):
         self._calls, self._bound = calls, bound
-        args = bound + args
-        self._key = calls.key(args, kwargs)
-        self._site, self._compiled, self.traced = calls.trace_ahead(args, kwargs)
+        ahead = calls.trace_ahead(bound + args, kwargs)
+        self._site, self._compiled, self.traced = ahead
+        self._key = self._site.base.key
 
     def run(self, executable: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         args = self._bound + args

@@ -211,7 +211,7 @@ class StatefulFunction(Fast, Generic[P, R]):
         """
         if compile_if_miss:
             return self._find(args, kwargs, True).key
-        site, dynamic, _ = self._calls.site(self._bound + args, kwargs)
+        site, dynamic, _ = self._calls.site_ahead(self._bound + args, kwargs)
         return _key(site, dynamic)
 
     def get_jaxpr(
@@ -330,7 +330,7 @@ class StatefulFunction(Fast, Generic[P, R]):
         **Raises:** `ValueError` on a wrong number of values, or on one whose structure,
         shape or dtype is not that of the trace.
         """
-        found = self._find(args, kwargs, True)
+        found = self._find(args, kwargs, True, ahead=False)
         program = found.program
         values = _check_values(found, state_vals)
         leaves, writes = program(found.dynamic, values)
@@ -384,9 +384,11 @@ class StatefulFunction(Fast, Generic[P, R]):
 
     # -- inside --
 
-    def _find(self, args: tuple, kwargs: dict, trace: bool) -> _Found:
-        look_up = self._calls.find
-        site, found, dynamic, states = look_up(self._bound + args, kwargs, trace)
+    def _find(
+        self, args: tuple, kwargs: dict, trace: bool, ahead: bool = True
+    ) -> _Found:
+        args = self._bound + args
+        site, found, dynamic, states = self._calls.find(args, kwargs, trace, ahead)
         if found is None:
             self._calls.misses += 1
             raise self._unknown(_key(site, dynamic))

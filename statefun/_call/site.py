@@ -158,7 +158,7 @@ class Site:
         # NumPy arrays as JAX takes them: 64 bits are 32 where x64 is off.
         dynamic = [
             x
-            if isinstance(x, jax.Array)
+            if isinstance(x, jax.Array | jax.ShapeDtypeStruct)
             else np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
             for x in dynamic
         ]

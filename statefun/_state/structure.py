@@ -208,6 +208,20 @@ def flatten(value: Any) -> tuple[Any, Structure]:
     return (flat[0] if structure is LEAF else flat), structure
 
 
+def is_shaped(x: Any) -> bool:
+    """Whether it is an array, or a `jax.ShapeDtypeStruct` that stands for one."""
+    return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
+
+
+def with_shapes(flat: Any, structure: Structure) -> tuple[Sequence[Any], Structure]:
+    """The leaves and the structure of a value whose shapes are taken for arrays."""
+    if not any(isinstance(x, jax.ShapeDtypeStruct) for x in structure.statics):
+        return leaves_of(flat, structure), structure
+    leaves = jtu.tree_leaves(structure.unflatten(flat))
+    statics = tuple(ARRAY if is_shaped(leaf) else leaf for leaf in leaves)
+    return [x for x in leaves if is_shaped(x)], _intern(structure.treedef, statics)
+
+
 def leaves_of(flat: Any, structure: Structure) -> Sequence[Any]:
     """The arrays of a flat value, as a sequence also where there is only one."""
     return (flat,) if structure is LEAF else flat

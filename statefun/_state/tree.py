@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
@@ -18,7 +19,7 @@ from .cell import Cell, Value
 from .numbers import normalise
 from .state import State, held
 from .static import TreeKey, exact_key, static_key, treedef_key
-from .structure import ARRAY, Structure, flatten, leaves_of, same
+from .structure import ARRAY, Structure, flatten, leaves_of, same, with_shapes
 
 T = TypeVar("T")
 
@@ -123,14 +124,20 @@ def freeze(tree: T) -> T:
     return jtu.tree_map(lambda x: freeze(held(x)) if isinstance(x, State) else x, tree)
 
 
-def update(tree: Any, values: Any) -> None:
+def update(tree: T, values: Any) -> T:
     """Writes values back into the States of a tree: all of them, or none.
+
+    A State that holds shapes (`jax.ShapeDtypeStruct`, as `filter_eval_shape` leaves them)
+    takes arrays of these shapes.
 
     **Arguments:**
 
     - `tree`: any pytree.
     - `values`: what `freeze` or `values` returned for such a tree, with other arrays in
         it. `None` in the place of a State leaves it as it is.
+
+    **Returns:** the tree. Where shapes stand outside of its States, which can't be
+    written, it is a new one with the same States and with arrays in their place.
 
     **Raises:** `statefun.StateValueError`, and changes nothing, if a value has another
     structure, shape or dtype than the State it is for, if two values for one State
@@ -173,7 +180,26 @@ def update(tree: Any, values: Any) -> None:
                     "one State stands in both places and can hold one value.",
                 )
         writes[cell], given[cell] = (flat, structure), path
+    filled = _filled(tree, values)
     access.write(writes)
+    return filled
+
+
+def _filled(tree: T, values: Any) -> T:
+    """The tree with arrays in place of shapes; the tree itself if there are none."""
+    if not any(isinstance(x, jax.ShapeDtypeStruct) for x in jtu.tree_leaves(tree)):
+        return tree
+    pairs = [(leaf, part) for _, leaf, part in _zip(tree, values, "")]
+    return jtu.tree_structure(tree).unflatten(
+        part if _takes(leaf, part) else leaf for leaf, part in pairs
+    )
+
+
+def _takes(leaf: Any, part: Any) -> bool:
+    """Whether it is a shape, and the other an array of that shape and dtype."""
+    if not isinstance(leaf, jax.ShapeDtypeStruct) or not eqx.is_array(part):
+        return False
+    return (leaf.shape, leaf.dtype) == (part.shape, part.dtype)
 
 
 def _pair(tree: Any, values: Any, path: str) -> Iterator[tuple[str, State, Any]]:
@@ -182,7 +208,7 @@ def _pair(tree: Any, values: Any, path: str) -> Iterator[tuple[str, State, Any]]
         if isinstance(leaf, State):
             if part is not None:
                 yield from _pair_state(here, leaf, part)
-        elif part is not None and not _unchanged(leaf, part):
+        elif not (part is None or _takes(leaf, part) or _unchanged(leaf, part)):
             raise StateValueError(
                 message(
                     f"the values given to `update` change `{here}`, which is no State.",
@@ -313,7 +339,8 @@ def _fitting(path: str, cell: Cell, value: Any) -> Value:
         flat, structure = flatten(normalise(value, lambda: old.unflatten(old_flat)))
     except TypeError as error:
         raise _misfit(path, cell, str(error), "its dtype has to stay.") from error
-    if structure is not old:
+    old_leaves, shaped = with_shapes(old_flat, old)
+    if structure is not old and structure is not shaped:
         at, what = _structures_differ(old.unflatten(old_flat), value, old, structure)
         raise _misfit(
             path + (".value" + at if at else ""),
@@ -321,10 +348,12 @@ def _fitting(path: str, cell: Cell, value: Any) -> Value:
             what,
             "`update` changes arrays, not the structure or the static leaves around them.",
         )
-    arrays = zip(
-        old.paths(), leaves_of(flat, old), leaves_of(old_flat, old), strict=True
-    )
-    for key, new, present in arrays:
+    if structure is old:
+        old_leaves = leaves_of(old_flat, old)
+    new_leaves = leaves_of(flat, structure)
+    for key, new, present in zip(
+        structure.paths(), new_leaves, old_leaves, strict=True
+    ):
         new, present = jax.typeof(new), jax.typeof(present)
         if (new.shape, new.dtype) != (present.shape, present.dtype):
             raise _misfit(

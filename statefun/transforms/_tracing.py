@@ -9,12 +9,13 @@ import equinox as eqx
 import jax
 import jax.extend.core as jec
 import jax.numpy as jnp
+import jax.tree_util as jtu
 
 from .._state import access
 from .._state.cell import Value
 from .._state.static import static_key, treedef_key
-from .._state.structure import flatten
-from .._trace.names import named
+from .._state.structure import flatten, is_shaped
+from .._trace.names import named_at
 from .._trace.result import unpack
 from ._twin import (
     Wrapper,
@@ -35,7 +36,8 @@ def filter_eval_shape(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     **Arguments:**
 
     - `fun`: the function.
-    - `args`, `kwargs`: its arguments; a `jax.ShapeDtypeStruct` may stand for an array.
+    - `args`, `kwargs`: its arguments. A `jax.ShapeDtypeStruct` may stand for an array,
+        in the function as well, if that is a module, and in States.
 
     **Returns:** the result with a `jax.ShapeDtypeStruct` for every array. States that the
     function makes hold such structs, too.
@@ -50,11 +52,12 @@ def filter_eval_shape(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
         ```
     """
 
-    def inner(*args: Any, **kwargs: Any) -> Any:
+    def inner(fun: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         run = lambda: fun(*args, **kwargs)  # noqa: E731
         return run_pure(run, keeps=True, view=_materialise, ends=True)[0]
 
-    return transaction(lambda: unpack(eqx.filter_eval_shape(inner, *args, **kwargs)))
+    # The function is passed on because it may be a module of shapes itself.
+    return transaction(lambda: unpack(eqx.filter_eval_shape(inner, fun, args, kwargs)))
 
 
 def _materialise(_: Any, value: Value) -> Value:
@@ -63,7 +66,7 @@ def _materialise(_: Any, value: Value) -> Value:
     if not any(isinstance(x, jax.ShapeDtypeStruct) for x in structure.statics):
         return value
     return flatten(
-        jax.tree_util.tree_map(
+        jtu.tree_map(
             lambda x: (
                 jnp.zeros(x.shape, x.dtype)
                 if isinstance(x, jax.ShapeDtypeStruct)
@@ -117,8 +120,8 @@ def filter_make_jaxpr(
 
 
 def _layout(tree: Any) -> Any:
-    leaves, treedef = jax.tree_util.tree_flatten(tree)
-    keys = [None if eqx.is_array(x) else static_key(x) for x in leaves]
+    leaves, treedef = jtu.tree_flatten(tree)
+    keys = [None if is_shaped(x) else static_key(x) for x in leaves]
     return treedef_key(treedef), tuple(keys)
 
 
@@ -155,7 +158,8 @@ def filter_closure_convert(fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
 
     - `fn`: the function; arrays and tracers that it closes over become leaves of what is
         returned.
-    - `args`, `kwargs`: arguments like those that it will be called with.
+    - `args`, `kwargs`: arguments like those that it will be called with; a
+        `jax.ShapeDtypeStruct` may stand for an array.
 
     **Returns:** a callable module.
 
@@ -179,13 +183,16 @@ def filter_closure_convert(fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
     """
 
     def run() -> _Converted:
-        arrays, build = split_arrays((args, kwargs))
+        arrays, build = split_arrays((args, kwargs), is_shaped)
+        paths = [
+            p for p, x in jtu.tree_leaves_with_path((args, kwargs)) if is_shaped(x)
+        ]
 
         def flat(*leaves: Any) -> Any:
             args, kwargs = build(leaves)
             return fn(*args, **kwargs)
 
-        program = trace_body(flat, arrays, named(fn, args, kwargs))
+        program = trace_body(flat, arrays, named_at(fn, paths))
         consts = list(program.consts)
         return _Converted(program.without_consts(), _layout((args, kwargs)), consts)
 

@@ -223,10 +223,12 @@ class Lanes:
 # -- by program ---------------------------------------------------------------------
 
 
-def split_arrays(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+def split_arrays(
+    tree: Any, is_array: Callable[[Any], bool] = eqx.is_array
+) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     """The arrays of a tree, and how to put it together around others."""
     leaves, treedef = jtu.tree_flatten(tree)
-    slots = [i for i, leaf in enumerate(leaves) if eqx.is_array(leaf)]
+    slots = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
 
     def build(arrays: Sequence[Any]) -> Any:
         new = list(leaves)

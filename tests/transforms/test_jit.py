@@ -1593,3 +1593,24 @@ def test_what_is_jitted_in_main_can_be_sent_by_cloudpickle():
         print(cloudpickle.dumps(factorial).hex())
     """)
     assert pickle.loads(bytes.fromhex(sent))(ONE, 4) == 24
+
+
+@pytest.mark.parametrize("arg", [jnp.ones(3), jax.random.key(1)], ids=["float", "key"])
+def test_a_function_is_lowered_for_shapes(arg):
+    count = sf.State(jnp.array(0))
+
+    @sf.filter_jit
+    def f(x, y=1.0):
+        count.value += 1
+        return x
+
+    lowered = f.lower(jax.ShapeDtypeStruct(arg.shape, arg.dtype))
+    assert lowered.compile()(arg).shape == arg.shape and count.value == 1
+
+
+def test_a_module_of_shapes_is_lowered_for():
+    f = sf.filter_jit(lambda module, x: module(x))
+    shapes = eqx.filter_eval_shape(eqx.nn.Linear, 2, 3, key=jax.random.key(0))
+    compiled = f.lower(shapes, jax.ShapeDtypeStruct((2,), jnp.float32)).compile()
+    linear = eqx.nn.Linear(2, 3, key=jax.random.key(0))
+    np.testing.assert_allclose(compiled(linear, jnp.ones(2)), linear(jnp.ones(2)))

@@ -289,3 +289,36 @@ def test_it_works_inside_grad_and_vmap(name, w, count):
 def _bump(count, x):
     count.value += 100
     return x
+
+
+# -- shapes for arrays ----------------------------------------------------------------
+
+
+def test_a_module_of_shapes_is_asked_by_itself_and_as_an_argument():
+    shapes = sf.filter_eval_shape(Net, jax.random.key(0))
+    x = jax.ShapeDtypeStruct((3,), jnp.float32)
+    linear = eqx.filter_eval_shape(eqx.nn.Linear, 3, 4, key=jax.random.key(0))
+    for module in (shapes, linear):
+        for out in (
+            sf.filter_eval_shape(module, x),
+            sf.filter_eval_shape(lambda m, x: m(x), module, x),
+            sf.filter_eval_shape(eqx.Partial(module), x),
+        ):
+            assert jax.tree.leaves(out)[0].shape == (4,)
+
+
+@pytest.mark.parametrize(
+    "shape", [jnp.ones(3), jax.random.key(0)], ids=["float", "key"]
+)
+def test_a_shape_may_stand_for_an_array_where_a_function_is_converted(shape, count):
+    def f(x, like):
+        count.value += 1
+        return x, like
+
+    struct = jax.ShapeDtypeStruct(shape.shape, shape.dtype)
+    converted = sf.filter_closure_convert(f, struct, "static")
+    assert count.value == 0
+    assert converted(shape, "static")[0].shape == shape.shape
+    assert count.value == 1
+    with pytest.raises(ValueError, match="structure, shapes and dtypes"):
+        converted(jnp.ones(7), "static")
