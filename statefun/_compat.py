@@ -1,4 +1,4 @@
-"""Everything that depends on the version of JAX, or leans on a corner of its public API.
+"""Everything that depends on the version of JAX, or on a corner of its public API.
 
 Each entry says what differs and why it matters. No other module asks for a version.
 """

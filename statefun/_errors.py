@@ -28,7 +28,7 @@ class StateTraceError(StateError, RuntimeError):
 
 
 class StateTypeError(StateError, TypeError):
-    """A State was used where it cannot be, or given a value of the wrong type."""
+    """A State was used where it can't be used, or given a value of the wrong type."""
 
 
 class StateValueError(StateError, ValueError):
@@ -43,7 +43,8 @@ def caller(made: object = None) -> str:
 
     **Arguments:**
 
-    - `made`: an object that is being made: `__init__`s of its subclasses don't count.
+    - `made`: an object under construction: the `__init__`s of its subclasses are
+        skipped.
     """
     frame = inspect.currentframe()
     assert frame is not None, "this Python has no frames"
@@ -166,8 +167,8 @@ def mutated(cell: Cell) -> StateTraceError:
     return StateTraceError(
         message(
             f"the value of {cell.describe()} was changed in place inside a trace.",
-            "`.value` puts the value together anew, so a change to one of its lists, "
-            "dicts or objects would be lost.",
+            "`.value` is rebuilt from its arrays, so a change to one of its lists, dicts "
+            "or objects would be lost.",
             "assign the new value: `v = state.value`, change `v`, `state.value = v`.",
         )
     )

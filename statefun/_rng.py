@@ -25,13 +25,14 @@ from ._state.structure import Structure
 
 
 class Rng(State[jax.Array]):
-    """A State that hands out random keys, each one once.
+    """A State that hands out random keys, each of them once.
 
-    `rng()` gives a key that nobody has had before, and `rng.split(n)` gives `n` of them.
-    The same seed gives the same keys in eager mode, in `filter_jit`, in the iterations of
-    `sf.scan` and in a `filter_vmap` over one element. In a `filter_vmap` or `shard_map`
-    over several, every lane and every device draws its own, without being told to. An
-    `Rng` that `state_axes` maps holds a key for each lane already, and is left alone.
+    `rng()` returns a key that has not been used before, and `rng.split(n)` returns `n`
+    of them. The same seed gives the same keys in eager mode, in `filter_jit`, in the
+    iterations of `sf.scan` and in a `filter_vmap` over one element. In a `filter_vmap`
+    or `shard_map` over several, every lane and every device draws its own, without
+    being told to. An `Rng` that `state_axes` maps holds a key for each lane already,
+    and is left alone.
 
     Underneath is a plain State whose value is a typed key (`jax.random.key`): saving
     `rng.value` and writing it back later resumes the stream.
@@ -44,7 +45,7 @@ class Rng(State[jax.Array]):
     - `name`: as in [`statefun.State`][].
 
     **Raises:** `statefun.StateTypeError` if a key of the old kind
-    (`jax.random.PRNGKey`), or anything else that is no seed, is given.
+    (`jax.random.PRNGKey`), or anything else that is not a seed, is given.
 
     !!! example
 
@@ -179,7 +180,7 @@ def _as_key(given: Any, impl: str | None) -> jax.Array:
         )
     raise StateTypeError(
         message(
-            f"Rng was given {given!r}, which is no seed and no key.",
+            f"Rng was given {given!r}, which is neither a seed nor a key.",
             "the stream of keys starts from an integer or from a key.",
             "`sf.Rng(0)` or `sf.Rng(jax.random.key(0))`.",
         )

@@ -323,7 +323,7 @@ def test_a_key_of_the_old_kind_is_refused():
 @pytest.mark.parametrize("given", [1.5, True, "seed", None, jnp.ones(2)])
 def test_what_is_no_seed_and_no_key_is_refused(given):
     with pytest.raises(
-        TypeError, match=r"Rng was given .*, which is no seed and no key"
+        TypeError, match=r"Rng was given .*, which is neither a seed nor a key"
     ):
         Rng(given)
 

@@ -1,7 +1,7 @@
 """Which transforms a jaxpr is made of: boxes inside of boxes.
 
 Loops, branches, `jit` and the like are equations with jaxprs inside. `grad` and `vmap`
-leave no equation behind, only their mark in the name stack of what they have made:
+leave no equation behind, only a mark in the name stack of the equations they made:
 
     transpose(jvp(vmap()))
 """
@@ -24,9 +24,9 @@ class Box:
     **Attributes:**
 
     - `label`: what it is called: `scan of 12`, `jit relu`, `vmap`, …
-    - `equations`: how many there are in it, all depths together.
-    - `inside`: the boxes in it. Boxes that are alike are one.
-    - `times`: how many boxes alike this one stands for.
+    - `equations`: how many there are in it, at all depths.
+    - `inside`: the boxes in it. Equal boxes are merged.
+    - `times`: how many equal boxes this one stands for.
     """
 
     label: str
@@ -44,7 +44,7 @@ class Box:
 
 
 def count(jaxpr: Any) -> Counter[str]:
-    """How often each primitive occurs, in all depths."""
+    """How often each primitive occurs, at all depths."""
     found = Counter(eqn.primitive.name for eqn in jaxpr.eqns)
     for eqn in jaxpr.eqns:
         for sub in jec.jaxprs_in_params(eqn.params):
@@ -101,7 +101,7 @@ def _box(eqn: Any, around: tuple[str, ...]) -> Box | None:
     subs = [getattr(sub, "jaxpr", sub) for sub in jec.jaxprs_in_params(eqn.params)]
     if not subs:
         return None
-    if not _size(eqn):  # what is left of a function of which only the result counts
+    if not _size(eqn):  # what is left of a function when only its result is used
         return None
     inside = [box for sub in subs for box in _inside(sub, around)]
     return Box(_label(eqn, len(subs)), _size(eqn), _merged(inside))
@@ -139,7 +139,7 @@ def _marks(eqn: Any) -> tuple[str, ...]:
 
 
 def _below(around: tuple[str, ...], marks: tuple[str, ...]) -> tuple[str, ...]:
-    """What of an equation's marks is not already said by the boxes around."""
+    """The marks of an equation beyond those of the boxes around."""
     n = 0
     while n < min(len(around), len(marks)) and around[n] == marks[n]:
         n += 1

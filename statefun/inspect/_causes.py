@@ -47,10 +47,10 @@ class Cause:
     **Attributes:**
 
     - `kind`: one of "first call", "argument" (other shape, dtype, weak type or sharding
-        of an array), "static" (other value of what is no array), "structure" (of the
-        arguments), "state", "configuration" (of jax), "cache full", "cleared", "gone" (a
-        State that was closed over), "failed" (the trace before raised), "tracer" (the
-        function closes over a value of another trace), "sharing" (of States).
+        of an array), "static" (other value of a non-array leaf), "structure" (of the
+        arguments), "state", "configuration" (of jax), "cache full", "cleared", "gone"
+        (a State that was closed over), "failed" (the trace before raised), "tracer"
+        (the function closes over a value of another trace), "sharing" (of States).
     - `where`: the path of the argument, the name of the State or of the option.
     - `what`: what is different about it: "shape", "dtype", …
     - `old`, `new`: as text.
@@ -119,7 +119,7 @@ class Present:
         return self.known.get(cell) or access.current(cell)
 
     def distance(self, site: Site, trace: Trace) -> int:
-        """About how many differences there are to an earlier trace, found out fast."""
+        """Roughly how many differences there are to an earlier trace; fast."""
         n = int(trace.configuration is not self._context)
         old = trace.key
         for a, b in (
@@ -161,7 +161,7 @@ class Present:
     def _configuration(self, trace: Trace, before: dict) -> Iterator[Cause]:
         causes = list(_configurations(before, self.configuration))
         if not causes and trace.configuration is not self._context:
-            # Something that jax keys its caches by, and gives no name.
+            # Something that is part of JAX's cache keys, but has no name.
             causes = [Cause("configuration", "a user context, or its caches cleared")]
         yield from causes
 
@@ -217,7 +217,7 @@ def _count(a: Any, b: Any) -> int:
 
 
 def configuration() -> dict[str, Any]:
-    """What of jax's configuration a trace may depend on, as far as it can be named."""
+    """The named part of JAX's configuration that a trace may depend on."""
     mesh = str(jax.sharding.get_abstract_mesh())
     return {**jax.config.values, "the mesh": mesh}
 
@@ -280,7 +280,7 @@ def _at(path: str) -> str:
 
 
 def leaves_with_path(signature: Signature) -> list[tuple[tuple, Any]]:
-    """The leaves of a call: of what is held weakly the thing itself while it lives."""
+    """The leaves of a call. Of a leaf held weakly the object itself, while it lives."""
     tree = signature.treedef.unflatten(range(len(signature.leaves)))
     leaves = [
         (leaf.peek() or leaf) if type(leaf) is Weak else leaf
@@ -399,7 +399,7 @@ def _both(a: Any, b: Any) -> tuple[str, str]:
     old, new = text(a), text(b)
     if old != new:
         return old, new
-    # A lambda that is made anew for every call looks like the one before.
+    # A lambda that is created at every call looks like the one before.
     return old, f"another {type(b).__name__} that looks the same"
 
 

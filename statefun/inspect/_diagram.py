@@ -26,7 +26,7 @@ _GAP = 10
 _ARROW = 48
 _MARGIN = 16
 _LONGEST = 52  # characters of a label; the whole of it shows as a tool tip
-_MOST = 24  # boxes inside of one: the rest is counted
+_MOST = 24  # boxes inside of one box; the rest are counted
 
 _INK, _FAINT, _PAPER = "#1f2933", "#52606d", "#ffffff"
 _STATE, _VALUE = ("#e3f2fd", "#1976d2"), ("#f5f7fa", "#7b8794")
@@ -82,7 +82,7 @@ def svg(report: Report) -> str:
 
 
 def _short(text: str) -> str:
-    """The middle is left out: of a path the ends say most."""
+    """Leaves the middle out: the ends of a path say most."""
     if len(text) <= _LONGEST:
         return text
     head = (_LONGEST - 1) // 2

@@ -35,19 +35,20 @@ def explain(
 ) -> Report:
     """Says what a function does with States, arguments and memory. Runs nothing.
 
-    The function is traced for these arguments, in a cache of its own: no State changes,
-    and the function itself does not notice. (A function that is jitted and called inside
-    of it is traced as it always is, and remembers that.)
+    The function is traced for these arguments in a separate cache: no State changes,
+    and the function's own cache stays as it is. (A jitted function that is called
+    inside is traced as usual, and caches that.)
 
     **Arguments:**
 
     - `fn`: a jitted function, a [`statefun.StatefulFunction`][], a method of a module, or
         any other callable that JAX can trace.
-    - `args`, `kwargs`: what it would be called with. Bind an argument that is called
-        `compile` with `functools.partial`.
-    - `compile`: whether to compile it as well, for what XLA says of its cost.
+    - `args`, `kwargs`: its arguments. Bind an argument that is named `compile` with
+        `functools.partial`.
+    - `compile`: whether to compile it as well, for XLA's cost analysis.
 
-    **Returns:** a [`statefun.Report`][]: print it, take `to_dict()` or `diagram()` of it.
+    **Returns:** a [`statefun.Report`][]: print it, or use its `to_dict()` or
+    `diagram()`.
 
     !!! example
 
@@ -71,7 +72,7 @@ def explain(
     fun, options, args = _unwrapped(fn, args)
     passes = options.ir_optimizations or OPTIMIZATIONS
     calls = unobserved(Calls(fun, options._replace(ir_optimizations=())))
-    # Of a function that runs eagerly there would be nothing to see.
+    # There would be nothing to see in a function that runs eagerly.
     with jax.disable_jit(False):
         site, trace, *_ = calls.find(args, kwargs)
         assert trace is not None, "a trace was asked for"
@@ -165,7 +166,7 @@ class _Traced:
 
     def _path(self, cell: Cell) -> str | None:
         for path, leaf in self.leaves:
-            # One that is reached in another way as well has no stand-in.
+            # A State that is also reached in another way has no stand-in.
             mine = isinstance(leaf, State) and leaf._cell is cell
             if mine or (type(leaf) is Reference and leaf.cell is cell):
                 return path
@@ -241,7 +242,7 @@ def _sorted(counts: Any) -> dict[str, int]:
 
 
 def _cost(compiled: Any) -> Cost:
-    # Some backends answer with a list, or not at all.
+    # Some backends return a list, or nothing at all.
     costs = compiled.cost_analysis() or {}
     if isinstance(costs, list | tuple):
         costs = costs[0] if costs else {}

@@ -1,4 +1,4 @@
-"""Libraries that only some users have."""
+"""Optional libraries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def missing(library: str, extra: str, for_what: str) -> ImportError:
     return ImportError(
         message(
             f"{library} is needed to {for_what}.",
-            "it is not among what statefun installs by itself.",
+            "statefun doesn't install it by default.",
             f"`python3 -m pip install 'statefun[{extra}]'`.",
         )
     )

@@ -1,4 +1,4 @@
-"""What stands to the left and to the right of a function in its picture."""
+"""The inputs and outputs in the picture of a function: its left and right columns."""
 
 from __future__ import annotations
 

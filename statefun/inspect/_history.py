@@ -1,4 +1,4 @@
-"""What is remembered of a function's traces."""
+"""The history of a function's traces."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Retrace:
     - `function`: its name.
     - `number`: 1 for its first trace.
     - `causes`: a tuple of [`statefun.Cause`][]: all that is different from the most
-        similar of the traces at hand.
+        similar of the cached traces.
     """
 
     function: str
@@ -48,7 +48,7 @@ class Retrace:
 
 @dataclasses.dataclass(frozen=True)
 class Ghost:
-    """A trace that is gone, so far as to recognise it without keeping it alive."""
+    """A trace that is gone: enough to recognize it, without keeping it alive."""
 
     cause: Cause
     key: int
@@ -75,7 +75,7 @@ def _avals(flat: Any, structure: Any) -> tuple:
 
 
 class History:
-    """What is remembered of one function's traces."""
+    """The history of one function's traces."""
 
     def __init__(self) -> None:
         self.retraces: deque[Retrace] = deque(maxlen=KEPT)
@@ -100,7 +100,7 @@ class History:
             if trace in self.configurations
         ]
         found.sort(key=lambda found: -found[0].tick)
-        # The most similar of the newest: looking closely takes time.
+        # Only the most similar of the newest: a full comparison takes time.
         near = sorted(
             found[:_LOOKED_AT], key=lambda found: present.distance(found[1], found[0])
         )
@@ -111,7 +111,7 @@ class History:
         return (self._alone(present),)
 
     def _alone(self, present: Present) -> Cause:
-        """Where there is no other trace to compare with."""
+        """The cause where there is no other trace to compare with."""
         if self.last == "tracer":
             return Cause("tracer")
         if self.last == "failed":
@@ -122,7 +122,7 @@ class History:
 
 
 class Silent(History):
-    """Of a function that is only looked at."""
+    """The history of a function that is only inspected: none."""
 
 
 def history_of(calls: Calls) -> History:
@@ -132,6 +132,6 @@ def history_of(calls: Calls) -> History:
 
 
 def unobserved(calls: Calls) -> Calls:
-    """Keeps no history of the traces of these calls."""
+    """Records no history of the traces of these calls."""
     calls.history = Silent()
     return calls

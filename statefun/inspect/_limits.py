@@ -70,18 +70,18 @@ def _beyond(limit: int, retrace: Retrace) -> TraceLimitError:
 class max_traces:
     """Raises when a function is traced more than `n` times, and names the cause.
 
-    *As a decorator* of a function that is compiled, put above `filter_jit`: the function
-    may be traced `n` times from now on, in all threads. *As a context manager*, or as the
-    decorator of any other function: while the block (or a call of the function) runs,
-    each compiled function that it calls, in this thread, may be traced `n` times;
-    `max_traces(0)` says that everything has been compiled.
+    *As a decorator* of a function that is compiled, put above `filter_jit`: the
+    function may be traced `n` times from now on, in all threads. *As a context
+    manager*, or as the decorator of any other function: while the block (or a call of
+    the function) runs, each compiled function that it calls, in this thread, may be
+    traced `n` times; `max_traces(0)` asserts that everything has been compiled.
 
     **Arguments:**
 
     - `n`: how many traces are allowed.
 
-    **Raises:** `statefun.TraceLimitError` before the trace that is one too many; no State
-    has changed then.
+    **Raises:** `statefun.TraceLimitError` before the trace that would exceed the limit;
+    no State has changed then.
 
     !!! example
 

@@ -42,7 +42,7 @@ class _Subgraphs:
 
 
 def _escape(text: str) -> str:
-    """Mermaid's own entities, for what would end a label or be taken for HTML."""
+    """Escapes, by Mermaid's entities, what would end a label or be taken for HTML."""
     codes = {"#": "#35;", '"': "#quot;", "<": "#lt;", ">": "#gt;", "&": "#amp;"}
     text = "".join(codes.get(c, c) for c in text)
     return text.replace("`", "#96;").replace("\\", "#92;")

@@ -1,7 +1,7 @@
-"""What things are called that a function closes over.
+"""The names of what a function closes over.
 
-A report, or the reason of a trace, is about `model.norm.mean` and `config.layers`, the
-names that stand in the user's source.
+Reports and causes of traces speak of `model.norm.mean` and `config.layers`, the names
+in the user's source.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _LIMIT = 20_000
 class Captured:
     """Names of the States and arrays that a function can reach without its arguments.
 
-    They are found by looking where the function's code looks: in the variables it closes
-    over, in the globals it mentions, in the attributes of what is found there, and in the
-    same places of the functions it mentions.
+    They are searched for where the function's code looks: in the variables it closes
+    over, the globals it mentions, the attributes of these, and in the same places of
+    the functions it mentions.
 
     **Attributes:**
 
@@ -74,8 +74,8 @@ _PLAIN = (str, bytes, bool, int, float, complex, type(None), type, types.ModuleT
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
 
-# Their functions and objects hold none of the user's States that is not reached otherwise,
-# and mention thousands of things.
+# Their functions and objects hold no State of the user's that can't be reached
+# otherwise, and mention thousands of things.
 _LIBRARIES = {"jax", "jaxlib", "equinox", "numpy", "optax", "jaxtyping", "statefun"}
 _LIBRARIES |= sys.stdlib_module_names - {"__main__"}
 

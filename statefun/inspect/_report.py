@@ -1,4 +1,4 @@
-"""What `explain` returns: plain values, and the ways to look at them."""
+"""What `explain` returns: plain values, and ways to display them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Leaf:
     **Attributes:**
 
     - `path`: where it is.
-    - `shape`, `dtype`, `bytes`: of an array; `bytes` is 0 for what is none.
-    - `static`: what it is, as text, if it is no array.
+    - `shape`, `dtype`, `bytes`: of an array; `bytes` is 0 for other leaves.
+    - `static`: a non-array leaf as text.
     - `donated`: whether its buffer is given to the compiled function.
     """
 
@@ -97,13 +97,13 @@ def type_of(arrays: tuple[Leaf, ...]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What XLA says of the compiled function; None where it does not say.
+    """XLA's figures for the compiled function; None where it gives none.
 
     **Attributes:**
 
     - `flops`, `bytes_accessed`: of one call, as XLA estimates them.
     - `argument_bytes`, `output_bytes`, `temporary_bytes`, `aliased_bytes`: the memory
-        that it allots; aliased is what outputs share with donated inputs.
+        that it allocates; aliased is what outputs share with donated inputs.
     - `peak_bytes`: the most that is in use at once. It is XLA's own figure, and not every
         backend counts arguments and results alike.
     """
@@ -139,11 +139,11 @@ class Report:
     - `states`: for each State a `StateUse`, in order of first access.
     - `arguments`, `outputs`, `constants`: for each a `Leaf`; constants are the arrays
         that the function closes over.
-    - `equations`: how often each primitive occurs, in all depths.
+    - `equations`: how often each primitive occurs, at all depths.
     - `optimized`: the same after the passes named in `optimizations`.
     - `effects`: side effects, as text.
     - `cost`: a `Cost`, or None if the function was not compiled.
-    - `box`: the transforms inside of each other, a `Box`.
+    - `box`: the nested transforms, a `Box`.
     """
 
     name: str
@@ -178,7 +178,7 @@ class Report:
         return as_html(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it in dicts, lists, strings and numbers, fit for `json.dumps`."""
+        """Everything as dicts, lists, strings and numbers, ready for `json.dumps`."""
         states = [
             {
                 "path": use.path,
@@ -213,7 +213,7 @@ class Report:
     def diagram(self, format: Literal["svg", "mermaid"] = "svg") -> str:
         """Draws the flow: States and arguments, the function, States and results.
 
-        The transforms inside of the function are boxes inside of its box.
+        Transforms inside of the function are nested boxes.
 
         **Arguments:**
 
@@ -240,7 +240,7 @@ def plural(n: int, noun: str) -> str:
 
 
 def size(n: float) -> str:
-    """A number of bytes as people write it."""
+    """A number of bytes, human-readable."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if n < 1024 or unit == "GiB":
             return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"

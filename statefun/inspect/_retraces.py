@@ -1,4 +1,4 @@
-"""The reasons of traces, looked up as they happen, and logged."""
+"""The causes of traces, determined as they happen, and logged."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WIDTH = 100
-_MOST = 40  # rows of a table of leaves: the rest is summed up
+_MOST = 40  # rows of a table of leaves; the rest is summed up
 _PRIMITIVES = 12
 
 
@@ -41,7 +41,7 @@ def _console(file: io.StringIO, **options: Any) -> Console:
 
 
 def renderable(report: Report) -> Group:
-    """For `rich.print(report)`, in colours and of the terminal's width."""
+    """For `rich.print(report)`, in color and at the terminal's width."""
     try:
         from rich.console import Group
         from rich.text import Text
@@ -87,7 +87,7 @@ def _table(title: str, columns: Sequence[tuple[str, dict]]) -> Table:
 def _add(table: Table, *cells: str) -> None:
     from rich.text import Text
 
-    # As texts: `[0]` in a path would be taken for markup.
+    # As `Text`: `[0]` in a path would be taken for markup.
     table.add_row(*map(Text, cells))
 
 

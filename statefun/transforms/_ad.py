@@ -36,8 +36,9 @@ def filter_jvp(
 
     - `fn`: the function. What it writes to States comes out as primal values.
     - `primals`: where to evaluate it.
-    - `tangents`: of the structure of `primals`, with None for what is not differentiated.
-        In the place of a State in `primals` may stand a tangent of its value.
+    - `tangents`: of the structure of `primals`, with None for what is not
+        differentiated. A tangent of its value may stand in the place of a State in
+        `primals`.
     - `kwargs`: keyword arguments of `fn`; not differentiated.
 
     **Returns:** `(primals_out, tangents_out)`.
@@ -153,11 +154,11 @@ def is_param(state: State) -> bool:
 def differentiable(
     fun: Callable[..., Any], has_aux: bool, wrt: Any, args: tuple, kwargs: dict
 ) -> tuple[Any, tuple, Callable[..., Any]]:
-    """A function as Equinox can differentiate it in its first argument.
+    """Turns a function into one that Equinox can differentiate in its first argument.
 
     **Returns:** what is differentiated: the first argument with its `Param`s opened, or
     the States of `wrt`; the other arguments; and a function of these that returns its
-    result, and as auxiliary data the user's and what was written.
+    result, with the user's auxiliary data and the updates as auxiliary data.
     """
     if wrt is None:
         diff, states = open_states(args[0], is_param)
@@ -215,8 +216,9 @@ def filter_jacfwd(
         place of the first argument.
 
     **Returns:** a function with the arguments of `fun` that returns the Jacobian, or
-    `(jacobian, aux)`: the structure of the result, with in each leaf the structure of
-    what is differentiated, and shapes `(*out.shape, *in.shape)`.
+    `(jacobian, aux)`. The Jacobian has the structure of the result, with the structure
+    of what is differentiated in the place of each leaf; its arrays have the shapes
+    `(*out.shape, *in.shape)`.
 
     !!! example
 

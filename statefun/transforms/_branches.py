@@ -41,7 +41,7 @@ class _Branches:
         self._written: dict[Cell, Structure] = {}
         for program in self.programs:
             self._written.update(program.writes)
-        # A State that some branch doesn't write keeps, there, what it holds.
+        # In a branch that doesn't write it a State keeps what it holds.
         kept = [
             c for c in self._written if any(c not in p.writes for p in self.programs)
         ]
@@ -75,7 +75,7 @@ class _Branches:
             if not _same_layout(first, program.out):
                 raise TypeError(
                     f"the branches of `{name}` must return the same structure, with the "
-                    "same leaves that are no arrays, but branch 0 returns "
+                    "same non-array leaves, but branch 0 returns "
                     f"{_show(first)} and branch {i} {_show(program.out)}."
                 )
 
@@ -166,11 +166,11 @@ def cond(
 
     - `pred`: a boolean or a number, a scalar.
     - `true_fun`, `false_fun`: the branches.
-    - `operands`: their arguments; leaves that are no arrays are passed as they are.
+    - `operands`: their arguments; non-array leaves are passed as they are.
     - `operand`: their argument, by name, if there is one.
 
-    **Returns:** what the branch that ran has returned. Leaves that are no arrays have to
-    be the same in both.
+    **Returns:** the result of the branch that ran. Non-array leaves must be the same in
+    both.
 
     **Raises:** `TypeError` if the branches return different structures or types;
     `statefun.StateValueError` if they leave different kinds of value in a State.
@@ -207,7 +207,7 @@ def switch(
 
     **Arguments:**
 
-    - `index`: an integer scalar, clamped to the branches that there are.
+    - `index`: an integer scalar, clamped to the number of branches.
     - `branches`: at least one function.
     - `operands`, `operand`: as of [`statefun.cond`][].
 

@@ -33,7 +33,7 @@ from ._twin import (
 class Carry:
     """What goes around in a loop: the user's carry, and the States that are written.
 
-    Its arrays change, everything else about it has to stay.
+    Its arrays change; everything else about it must stay the same.
     """
 
     def __init__(self, name: str, init: Any):
@@ -42,12 +42,13 @@ class Carry:
         self.arrays, self.build = split_arrays(init)
 
     def check(self, out: Any) -> list[Any]:
-        """The arrays of what the body returned, if it is like what it was given."""
+        """The arrays of what the body returned, if its structure is that of the
+        input."""
         refuse_bare_state(out, "returned")
         if not _same_layout(self.init, out):
             raise TypeError(
                 f"{self._name} body function carry input and carry output must have the "
-                "same pytree structure and the same leaves that are no arrays, but "
+                "same pytree structure and the same non-array leaves, but "
                 f"{_difference(self.init, out)}."
             )
         return split_arrays(out)[0]
@@ -57,7 +58,8 @@ class Carry:
         changed = False
         for i, (a, b) in enumerate(zip(given, returned, strict=True)):
             if getattr(a, "weak_type", False) and a.dtype != b.dtype:
-                # Of the weakly typed array itself: a number gives way to an array.
+                # The weakly typed array itself: a number is promoted to the array's
+                # type.
                 common = jnp.result_type(self.arrays[i], b.dtype)
                 if common == b.dtype:
                     self.arrays[i] = lax.convert_element_type(self.arrays[i], b.dtype)

@@ -41,9 +41,9 @@ def checkify(
 ) -> Callable[..., tuple[jax_checkify.Error, Any]]:
     """As `jax.experimental.checkify.checkify`, for functions that use States.
 
-    States are written as the function leaves them, also where a check has failed: that
-    is known only when the error is looked at. `filter_jit(f, checkify=True)` looks before
-    it writes, and writes nothing if a check has failed.
+    States are written as the function leaves them, even if a check has failed: that is
+    known only when the error is inspected. `filter_jit(f, checkify=True)` inspects it
+    first, and writes nothing if a check has failed.
 
     **Arguments:**
 

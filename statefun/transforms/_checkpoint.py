@@ -55,8 +55,8 @@ def filter_checkpoint(
 ) -> Any:
     """As `equinox.filter_checkpoint`, for functions that read and write States.
 
-    The values that the function writes are outputs of what is checkpointed: when the
-    backward pass computes it a second time, no State is written again.
+    The values that the function writes are outputs of the checkpointed computation: no
+    State is written again when the backward pass recomputes it.
 
     **Arguments:**
 

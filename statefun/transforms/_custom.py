@@ -1,12 +1,12 @@
 """What `filter_custom_jvp` and `filter_custom_vjp` share.
 
-A function and its rules become pure: the States that they read are arguments, those that
-they write results. Which these are is found out in two ways.
+A function and its rules become pure: the States that they read are arguments, those
+that they write results. These are determined in two ways.
 
-*On values.* Outside of a jaxpr JAX runs either the function or its rule, at once and on
-the values of the call, and so it goes here. A State whose value is concrete is simply
-read. One that holds a tracer (of the `grad` or `vmap` around) has to be an argument; it
-is made one when it is met, and the call is made again.
+*On values.* Outside of a jaxpr JAX runs either the function or its rule, immediately
+and on the values of the call, and so do the twins. A State whose value is concrete is
+simply read. One that holds a tracer (of the `grad` or `vmap` around) must be an
+argument; when such a State is read, it becomes one, and the call is repeated.
 
 *Ahead.* In a jaxpr the rule runs later, when the jaxpr is differentiated, and can then
 reach no State any more. So function and rule are traced at the call, to see what they
@@ -141,9 +141,9 @@ def ahead(
     """Traces the function or a rule, to see which States it touches.
 
     None if that can't be done: because it wants concrete values, or insists on another
-    pattern of what is differentiated. Then nothing is known ahead, and what is wrong, if
-    anything is, shows when it runs. A rule that calls its own function would go on for
-    ever, and isn't traced a second time inside itself.
+    pattern of what is differentiated. Then nothing is known ahead, and what is wrong,
+    if anything is, shows when it runs. A rule that calls its own function would recurse
+    forever, so it isn't traced a second time inside itself.
     """
     key = id(owner), part
     if key in _ahead.running:

@@ -16,11 +16,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled_when_eager(twin: F) -> F:
-    """Makes a twin that traces its body fast where it is called again and again.
+    """Makes a twin that caches what it has traced for calls outside of any trace.
 
-    `jax.lax.scan` outside of `jax.jit` keeps what it has traced and compiled for a body.
-    So does this: the twin itself is run as a jitted function, with the bodies among its
-    static arguments. At most 128 traces are kept for each twin.
+    `jax.lax.scan` outside of `jax.jit` caches what it has traced and compiled for a
+    body. So does this: the twin itself runs as a jitted function, with the bodies among
+    its static arguments. At most 128 traces are kept for each twin.
     """
     calls = Calls(twin, Options(name=twin.__name__.lstrip("_")))
 

@@ -25,7 +25,7 @@ class _ValueAndGrad(Wrapper):
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if self._wrt is None and not args:
-            # Equinox knows what to say about it.
+            # Equinox raises its own error.
             return eqx.filter_value_and_grad(self._fun)(*args, **kwargs)
         return super().__call__(*args, **kwargs)
 
@@ -61,9 +61,10 @@ def filter_value_and_grad(
 ) -> Any:
     """As `equinox.filter_value_and_grad`, for functions that read and write States.
 
-    Differentiated are the inexact arrays of the first argument and the values of the
-    `Param`s in it; or, with `wrt`, the values of the States given there. What the
-    function writes to States comes out as primal values: no gradient flows through it.
+    Differentiates with respect to the inexact arrays of the first argument and the
+    values of the `Param`s in it; or, with `wrt`, the values of the States given there.
+    What the function writes to States comes out as primal values: no gradient flows
+    through it.
 
     **Arguments:**
 
@@ -76,10 +77,11 @@ def filter_value_and_grad(
 
     **Returns:** a function with the arguments of `fun` that returns `(value, grad)`, or
     `((value, aux), grad)`. `grad` has the structure of what is differentiated, with the
-    gradient of its value in the place of each State and None for leaves that are no
-    inexact arrays. A State that occurs twice has one gradient, the sum, in both places.
+    gradient of its value in the place of each State and None for all other leaves that
+    are not inexact arrays. A State that occurs twice has one gradient, the sum, in both
+    places.
 
-    **Raises:** `TypeError` as Equinox, if nothing is there to differentiate.
+    **Raises:** `TypeError`, as Equinox does, if there is nothing to differentiate.
 
     !!! example
 

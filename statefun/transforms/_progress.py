@@ -15,11 +15,12 @@ def with_progress(
     x: Sequence[Any],
     reverse: bool = False,
 ) -> tuple[Callable[..., Any], Any]:
-    """A scan body, and what it is scanned over, with a bar that is drawn from the host.
+    """Adds a progress bar, drawn by the host, to a scan body and what it is scanned
+    over.
 
     **Arguments:**
 
-    - `progress`: False for none, True for a bar, or what is to be written before it.
+    - `progress`: False for no bar, True for a bar, or the description to show with it.
     - `n`: how many steps there are.
 
     **Raises:** `ImportError` that names the extra to install.
@@ -34,7 +35,7 @@ def with_progress(
         ) from error
     title = {"desc": progress} if isinstance(progress, str) else {}
     wrap = jax_tqdm.scan_tqdm(n, **title)  # type: ignore
-    # jax-tqdm wants the steps numbered in the order in which they run.
+    # jax-tqdm requires the steps to be numbered in the order in which they run.
     numbers = jnp.arange(n)
     counted = (numbers[::-1] if reverse else numbers), x
     return wrap(lambda carry, step: body(carry, step[1])), counted

@@ -39,8 +39,8 @@ def filter_eval_shape(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     - `args`, `kwargs`: its arguments. A `jax.ShapeDtypeStruct` may stand for an array,
         in the function as well, if that is a module, and in States.
 
-    **Returns:** the result with a `jax.ShapeDtypeStruct` for every array. States that the
-    function makes hold such structs, too.
+    **Returns:** the result with a `jax.ShapeDtypeStruct` for every array. States that
+    the function creates hold such structs, too.
 
     !!! example
 
@@ -54,14 +54,14 @@ def filter_eval_shape(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 
     def inner(fun: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         run = lambda: fun(*args, **kwargs)  # noqa: E731
-        return run_pure(run, keeps=True, view=_materialise, ends=True)[0]
+        return run_pure(run, keeps=True, view=_materialize, ends=True)[0]
 
     # The function is passed on because it may be a module of shapes itself.
     return transaction(lambda: unpack(eqx.filter_eval_shape(inner, fun, args, kwargs)))
 
 
-def _materialise(_: Any, value: Value) -> Value:
-    """Arrays in place of the structs that a State may hold: they are never computed."""
+def _materialize(_: Any, value: Value) -> Value:
+    """Arrays in place of the structs that a State may hold; they are never computed."""
     flat, structure = value
     if not any(isinstance(x, jax.ShapeDtypeStruct) for x in structure.statics):
         return value
@@ -105,7 +105,7 @@ def filter_make_jaxpr(
     - `fun`: the function.
 
     **Returns:** a function with the arguments of `fun` that returns the jaxpr, the
-    result's arrays as `jax.ShapeDtypeStruct`s, and what else there is in the result.
+    result's arrays as `jax.ShapeDtypeStruct`s, and the static part of the result.
 
     !!! example
 
@@ -151,15 +151,15 @@ class _Converted(Wrapper):
 def filter_closure_convert(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """As `equinox.filter_closure_convert`, for functions that read and write States.
 
-    No State changes now. The converted function reads and writes States when it is
-    called, as `fn` does.
+    No State changes at the conversion. The converted function reads and writes States
+    when it is called, as `fn` does.
 
     **Arguments:**
 
     - `fn`: the function; arrays and tracers that it closes over become leaves of what is
         returned.
-    - `args`, `kwargs`: arguments like those that it will be called with; a
-        `jax.ShapeDtypeStruct` may stand for an array.
+    - `args`, `kwargs`: arguments like those of later calls; a `jax.ShapeDtypeStruct` may
+        stand for an array.
 
     **Returns:** a callable module.
 
