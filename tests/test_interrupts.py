@@ -1,6 +1,5 @@
 """Ctrl-C, forks and finalizers at the wrong moment: see `interrupts`."""
 
-
 import jax.numpy as jnp
 import pytest
 

@@ -19,7 +19,7 @@ from .._state.structure import Structure, leaves_of
 from .._trace.names import Named
 from .._trace.program import Program
 from .._trace.result import refuse_bare_state
-from ._state_axes import NO_ENTRIES, Entries
+from ._entries import NO_ENTRIES, Entries
 from ._twin import (
     jax_arrays,
     note_checks,

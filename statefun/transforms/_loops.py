@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,22 +14,15 @@ from jax import lax
 from .._compat import Tracer
 from .._errors import StateTraceError, StateTypeError, message
 from .._state import access
-from .._state.cell import Cell, Value, Values
+from .._state.cell import Cell
 from .._state.state import State
-from .._state.structure import flat_of, leaves_of
 from .._trace.names import Named, Parameters, named
 from .._trace.result import unpack
 from ._carry import Carry, Loop, as_arrays, element
 from ._eager import answering_for, compiled_when_eager
+from ._entries import Entries, part_of, run_on_part
 from ._segments import Checkpoint, as_checkpoint, scan_segments
-from ._state_axes import (
-    Entries,
-    Passed,
-    Rule,
-    is_axis,
-    items_of_states,
-    size_along,
-)
+from ._state_axes import Passed, Rule, is_axis, items_of_states, size_along
 from ._twin import (
     note_checks,
     run_pure,
@@ -58,7 +49,7 @@ def _scan(
     name: str = "scan",
 ) -> Any:
     xs = Passed.open(xs)
-    entries = _entries(name, f, init, xs, length, state_axes.tree)
+    entries = entries_of(name, f, init, xs, length, state_axes.tree)
     carry = Carry(name, init)
     x_arrays, build_x = split_arrays(xs)
 
@@ -156,7 +147,7 @@ def scan(
     )
 
 
-def _entries(
+def entries_of(
     name: str, f: Callable, init: Any, xs: Any, length: int | None, state_axes: Any
 ) -> Entries:
     """How many steps there are, and of which States each has an entry of its own.
@@ -266,76 +257,61 @@ def _map(
         return _scan(body, (), xs, *options)[1]
     if batch_size < 1:
         raise ValueError(f"batch_size has to be positive, but is {batch_size}.")
-    entries = _entries("map", f, (), xs, None, state_axes.tree)
-    n = entries.steps
-    whole, rest = n // batch_size, n % batch_size
-    many = functools.partial(_map_batches, f, xs, entries)
-    parts = []
-    if whole or not rest:
-        parts.append(many(0, whole, batch_size, progress, checkpoint))
-    if rest:
-        parts.append(many(n - rest, 1, rest, False, checkpoint))
-    (_, build), *_ = parts
-    outs = zip(*(arrays for arrays, _ in parts), strict=True)
-    return unpack(build([jnp.concatenate(out) for out in outs]))
+    entries = entries_of("map", f, (), xs, None, state_axes.tree)
+    many = filter_vmap(lambda x: as_arrays(f(x)), state_axes=entries.in_front())
+    blocks = lambda _, x: ((), many(x))  # noqa: E731
+    return scan_blocks(
+        "map", blocks, (), xs, entries, batch_size, progress, checkpoint
+    )[1]
 
 
-def _map_batches(
-    f: Callable[[Any], Any],
+def scan_blocks(
+    name: str,
+    block: Callable[[Any, Any], tuple[Any, Any]],
+    init: Any,
     xs: Any,
     entries: Entries,
-    start: int,
-    steps: int,
     size: int,
-    progress: bool | str,
-    checkpoint: Checkpoint,
-) -> tuple[list[Any], Callable[..., Any]]:
-    """Maps `steps` batches of `size` elements each, from the element `start` on.
+    progress: bool | str = False,
+    checkpoint: Checkpoint = None,
+) -> tuple[Any, Any]:
+    """A scan over blocks of `size` elements, and at the end one with those that remain.
 
-    **Returns:** the arrays of the result, with those of the States that were made for it,
-    and how to put it together.
+    **Arguments:**
+
+    - `block`: `(carry, xs) -> (carry, ys)`, for the elements of one block together.
+    - `entries`: how many elements there are, and the States that go with them.
     """
-    stop = start + steps * size
     arrays, build = split_arrays(xs)
 
-    def batches(x: Any) -> Any:
-        return x[start:stop].reshape(steps, size, *x.shape[1:])
+    def part(
+        carry: Any, start: int, steps: int, size: int, progress: bool | str
+    ) -> Any:
+        blocks = build([part_of(x, start, (steps, size)) for x in arrays])
+        axes = Passed(entries.in_front())
+        options = (steps, False, 1, (), progress, axes, checkpoint, name)
+        return run_on_part(
+            entries,
+            lambda: _scan(block, carry, blocks, *options),
+            start,
+            (steps, size),
+        )
 
-    def unbatched(x: Any) -> Any:
-        return x.reshape(steps * size, *x.shape[2:])
-
-    def view(cell: Cell, value: Value) -> Value:
-        if entries.avals(cell, value) is None:
-            return value
-        flat, structure = entries.to_front(cell, value)
-        cut = [batches(x) for x in leaves_of(flat, structure)]
-        return flat_of(cut, structure), structure
-
-    def whole(cell: Cell, value: Value) -> Value:
-        """All entries of a State, those of these batches as they were written."""
-        if entries.axis_of(cell) is None:
-            return value
-        flat, structure = value
-        before = leaves_of(*entries.to_front(cell, access.read(cell)))
-        joined = [
-            jnp.concatenate([old[:start], unbatched(new), old[stop:]])
-            for old, new in zip(before, leaves_of(flat, structure), strict=True)
-        ]
-        return entries.from_front(cell, (flat_of(joined, structure), structure))
-
-    def run() -> Any:
-        axes = entries.in_front()
-        many = filter_vmap(lambda x: as_arrays(f(x)), state_axes=axes)
-        stacked = build([batches(x) for x in arrays])
-        options = (steps, False, 1, (), progress, Passed(axes), checkpoint, "map")
-        return _scan(lambda _, x: ((), many(x)), (), stacked, *options)[1]
-
-    out, written = run_pure(run, view=view)
-    written = written.without(written.created)
-    values = Values((c, whole(c, v)) for c, v in written.values.items())
-    dataclasses.replace(written, values=values).write()
-    out_arrays, build_out = split_arrays(out)
-    return [unbatched(x) for x in out_arrays], build_out
+    n = entries.steps
+    whole, rest = n // size, n % size
+    carry, outs = init, []
+    if whole or not rest:
+        carry, out = part(carry, 0, whole, size, progress)
+        outs.append(split_arrays(out))
+    if rest:
+        carry, out = part(carry, n - rest, 1, rest, False)
+        outs.append(split_arrays(out))
+    (_, build_ys), *_ = outs
+    joined = [
+        jnp.concatenate([y.reshape(y.shape[0] * y.shape[1], *y.shape[2:]) for y in ys])
+        for ys in zip(*(arrays for arrays, _ in outs), strict=True)
+    ]
+    return unpack(carry), unpack(build_ys(joined))
 
 
 @compiled_when_eager

@@ -12,17 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import equinox as eqx
-import jax
-import jax.extend.core as jec
-import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._call.args import spread_prefix
 from .._errors import StateTypeError, StateValueError, message
 from .._state import access
-from .._state.cell import UNSET, Cell, Value
+from .._state.cell import UNSET, Cell
 from .._state.state import State
-from .._state.structure import flat_of, leaves_of
+from .._state.structure import leaves_of
 from .._trace.result import bare_state
 
 
@@ -205,57 +202,6 @@ def size_along(rule: Rule, *roots: Any) -> int | None:
             if -x.ndim <= axis < x.ndim:
                 return x.shape[axis]
     return None
-
-
-class Entries:
-    """States of which each step of a loop sees one entry, as of an array in `xs`.
-
-    **Arguments:**
-
-    - `twin`: its name, for errors.
-    - `axis_of`: the axis of a State along which it is sliced; None if it is shared.
-    - `steps`: how many there are.
-    """
-
-    def __init__(self, twin: str, axis_of: Callable[[Cell], int | None], steps: int):
-        self._twin = twin
-        self.axis_of = axis_of
-        self.steps = steps
-
-    def avals(self, cell: Cell, value: Value) -> list[Any] | None:
-        """What a step sees of a State's arrays; None if it is shared.
-
-        **Raises:** `statefun.StateValueError` if there is not one entry for each step.
-        """
-        axis = self.axis_of(cell)
-        if axis is None or value[0] is UNSET:
-            return None
-        avals = [jax.typeof(x) for x in leaves_of(*value)]
-        check_axis(self._twin, cell, avals, axis, self.steps)
-        return [jec.mapped_aval(self.steps, axis % a.ndim, a) for a in avals]
-
-    def in_front(self) -> list[tuple[Any, int | None]]:
-        """The `state_axes` of a twin inside that sees the entries along axis 0."""
-        return [(lambda s: self.axis_of(s._cell) is not None, 0), (State, None)]
-
-    def to_front(self, cell: Cell, value: Value) -> Value:
-        """The value with the entries along axis 0."""
-        return _moved(value, self.axis_of(cell) or 0, 0)
-
-    def from_front(self, cell: Cell, value: Value) -> Value:
-        """The inverse of `to_front`."""
-        return _moved(value, 0, self.axis_of(cell) or 0)
-
-
-NO_ENTRIES = Entries("", lambda cell: None, 0)
-
-
-def _moved(value: Value, source: int, to: int) -> Value:
-    if source == to:
-        return value
-    flat, structure = value
-    moved = [jnp.moveaxis(x, source, to) for x in leaves_of(flat, structure)]
-    return flat_of(moved, structure), structure
 
 
 def reachable(*roots: Any) -> dict[Cell, State]:
