@@ -253,7 +253,7 @@ def _zip(tree: Any, values: Any, path: str) -> list[tuple[str, Any, Any]]:
             raise StateValueError(
                 message(
                     "the values given to `update` have another structure than the tree, "
-                    f"first at `{(path + _first_difference(tree, values)) or 'its root'}`.",
+                    f"first at `{(path + first_difference(tree, values)) or 'its root'}`.",
                     f"{error}",
                     "pass what `sf.freeze` or `sf.values` returns for this tree.",
                 )
@@ -287,11 +287,11 @@ def _parts(tree: Any, values: Any) -> list[Any] | None:
     return found
 
 
-def _tree_key(tree: Any) -> TreeKey:
+def tree_key(tree: Any) -> TreeKey:
     return treedef_key(jtu.tree_structure(tree))
 
 
-def _first_difference(tree: Any, values: Any) -> str:
+def first_difference(tree: Any, values: Any) -> str:
     """The path of the first node of `values` that is not like that of `tree`."""
     ours, theirs = _children(tree), _children(values)
     if ours is None or theirs is None or type(tree) is not type(values):
@@ -302,8 +302,8 @@ def _first_difference(tree: Any, values: Any) -> str:
     for key in {**ours, **theirs}:
         if key not in ours or key not in theirs:
             return key
-        if _tree_key(ours[key]) != _tree_key(theirs[key]):
-            return key + _first_difference(ours[key], theirs[key])
+        if tree_key(ours[key]) != tree_key(theirs[key]):
+            return key + first_difference(ours[key], theirs[key])
     return ""
 
 
@@ -312,7 +312,7 @@ def _structures_differ(
 ) -> tuple[str, str]:
     """Where two values of different structure differ first, and in what."""
     if treedef_key(old.treedef) != treedef_key(new.treedef):
-        at = _first_difference(present, value)
+        at = first_difference(present, value)
         return at, f"a value of structure {new.treedef}, in place of {old.treedef}"
     tree = old.treedef.unflatten(range(len(old.statics)))
     for keys, i in jtu.tree_leaves_with_path(tree):

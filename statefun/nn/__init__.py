@@ -22,3 +22,7 @@ from ._mode import (
 )
 from ._recurrent import Recurrent as Recurrent
 from ._spectral_norm import SpectralNorm as SpectralNorm
+from ._stack import (
+    Part as Part,
+    Stack as Stack,
+)

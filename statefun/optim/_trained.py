@@ -13,7 +13,7 @@ from .._state.cell import Cell
 from .._state.state import Param, State, held
 from .._state.static import TreeKey, treedef_key
 from .._state.structure import flatten
-from .._state.tree import _children, _first_difference, states
+from .._state.tree import _children, first_difference, states
 
 
 class Trained:
@@ -97,7 +97,7 @@ class Trained:
                 continue
             like = eqx.filter(held(param), eqx.is_inexact_array)
             if _key(part) != _key(like):
-                at = path + _first_difference(like, part)
+                at = path + first_difference(like, part)
                 raise _misfit(at, "the structure is not that of the Param's arrays")
             _check_shapes(path, like, part)
             found[-1] = part
