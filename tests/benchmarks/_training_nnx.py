@@ -49,6 +49,21 @@ def contenders(
     return {"nnx.jit": started(False), "nnx.cached_partial": started(True)}
 
 
+def first_call(
+    model: nnx.Module, tx: optax.GradientTransformation, loss: Callable, *batch: Any
+) -> Any:
+    """The first step of a model that was made for it."""
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model: Any, optimizer: Any, *batch: Any) -> Any:
+        value, grads = nnx.value_and_grad(loss)(model, *batch)
+        optimizer.update(model, grads)
+        return value
+
+    return step(model, optimizer, *batch)
+
+
 def size(model: nnx.Module) -> int:
     return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
@@ -106,6 +121,28 @@ class Transformer(nnx.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
+
+
+class Stacked(nnx.Module):
+    """Blocks as the documentation of NNX stacks them, in a scan."""
+
+    def __init__(self, depth: int, width: int, heads: int):
+        def process(q: Any, k: Any, v: Any, places: Any) -> tuple:
+            return q, k, v
+
+        @nnx.split_rngs(splits=depth)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def create(rngs: nnx.Rngs) -> Block:
+            return Block(width, heads, process, rngs)
+
+        self.blocks = create(nnx.Rngs(0))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def forward(x: jax.Array, block: Block) -> jax.Array:
+            return block(x)
+
+        return forward(x, self.blocks)
 
 
 # -- residual network ---------------------------------------------------------------
