@@ -187,6 +187,27 @@ def lane_number(marker: Any) -> Any:
     return _lane_number_p.bind(marker)
 
 
+def _any_of(args: Sequence[Any], dims: Sequence[int]) -> Any:
+    ((x,), (axis,)) = args, dims
+    return _any_lane_p.bind(jnp.any(x, axis=axis)), None  # None: not mapped
+
+
+_any_lane_p = jec.Primitive("any_lane")
+_any_lane_p.def_abstract_eval(lambda aval: aval)
+_any_lane_p.def_impl(lambda x: x)
+batching.primitive_batchers[_any_lane_p] = _any_of
+mlir.register_lowering(_any_lane_p, lambda ctx, x: [x])
+
+
+def any_lane(x: Any) -> Any:
+    """Whether a boolean is true in any lane of the vmaps around.
+
+    The same for all of them, so that a branch on it stays a branch. JAX has no public way
+    to ask: `jnp.any` over an axis by its name needs a name.
+    """
+    return _any_lane_p.bind(x)
+
+
 def batched(arrays: Sequence[Any], outside: Any) -> set[int]:
     """The positions of the arrays that differ along the axis of the current vmap.
 

@@ -18,6 +18,7 @@ from .._state.cell import Cell
 from .._state.state import State
 from .._trace.names import Named, Parameters, named
 from .._trace.result import unpack
+from ._bounded import as_max_steps, bounded_while, check_condition, stop_if_unfinished
 from ._carry import Carry, Loop, as_arrays, element
 from ._eager import answering_for, compiled_when_eager
 from ._entries import Entries, part_of, run_on_part
@@ -414,7 +415,14 @@ def fori_loop(
 
 
 @compiled_when_eager
-def _while_loop(cond_fun: Callable, body_fun: Callable, init_val: Any) -> Any:
+def _while_loop(
+    cond_fun: Callable,
+    body_fun: Callable,
+    init_val: Any,
+    max_steps: int | None,
+    checkpoint: Checkpoint,
+    throw: bool,
+) -> Any:
     carry = Carry("while_loop", init_val)
 
     def run(arrays: list) -> Any:
@@ -436,26 +444,58 @@ def _while_loop(cond_fun: Callable, body_fun: Callable, init_val: Any) -> Any:
         leaves, _ = condition(arrays, others | loop.values | written)
         return condition.out.build(leaves)
 
-    final = lax.while_loop(cond, lambda at: loop.step(at, [])[0], loop.init)
-    return loop.finish(final)[0]
+    def step(at: Any) -> Any:
+        return loop.step(at, [])[0]
+
+    if max_steps is None:
+        return loop.finish(lax.while_loop(cond, step, loop.init))[0]
+    check_condition(condition)
+    final, unfinished = bounded_while(cond, step, loop.init, max_steps, checkpoint)
+    if throw:
+        note_checks(always=True)
+        final, unfinished = stop_if_unfinished(
+            (final, unfinished), unfinished, body_fun, max_steps
+        )
+    out = loop.finish(final)[0]
+    return out if throw else (out, ~jnp.asarray(unfinished))
 
 
 @answering_for(_while_loop)
 def while_loop(
-    cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], init_val: Any
+    cond_fun: Callable[[Any], Any],
+    body_fun: Callable[[Any], Any],
+    init_val: Any,
+    *,
+    max_steps: int | None = None,
+    checkpoint: int | str | None = "sqrt",
+    throw: bool = True,
 ) -> Any:
     """As `jax.lax.while_loop`, for functions that read and write States.
+
+    With `max_steps` it has a gradient in reverse mode. It still stops when the condition
+    says so; steps that it doesn't take cost next to nothing.
 
     **Arguments:**
 
     - `cond_fun`: `val -> bool`; may read States, but not write any.
     - `body_fun`: `val -> val`.
     - `init_val`: the first value. Leaves that are no arrays must stay the same.
+    - `max_steps`: how often the body runs at most. None: there is no limit, and no
+        gradient in reverse mode.
+    - `checkpoint`: what is kept for the backward pass, with `max_steps`, as of
+        [`statefun.scan`][]. With None that is room for the intermediate values of
+        `max_steps` steps, whether they are taken or not.
+    - `throw`: whether it is an error if the condition still holds after `max_steps`
+        steps. As any runtime check it makes a call wait for its result.
 
-    **Returns:** the last value.
+    **Returns:** the last value. With `throw=False`: `(val, done)`, where `done` is a
+    boolean array, false if the condition still holds. States are then as the last step
+    has left them.
 
-    **Raises:** as [`statefun.scan`][]; and `statefun.StateTraceError` if the condition
-    writes a State.
+    **Raises:** as [`statefun.scan`][]; `statefun.StateTraceError` if the condition
+    writes a State; `equinox.EquinoxRuntimeError` if the condition still holds after
+    `max_steps` steps, and no State is written then. `ValueError` if `max_steps` is no
+    positive integer.
 
     !!! example
 
@@ -469,9 +509,15 @@ def while_loop(
             return x / 2
 
         sf.while_loop(lambda x: count.value < 3, body, jnp.array(8.0))
+
+        halve = lambda x: sf.while_loop(lambda x: x > 1, body, x, max_steps=100)
+        sf.filter_grad(halve)(jnp.array(8.0))  # 1/8
         ```
     """
-    return _while_loop(cond_fun, body_fun, as_arrays(init_val))
+    return _while_loop(
+        *(cond_fun, body_fun, as_arrays(init_val), as_max_steps(max_steps, throw)),
+        *(as_checkpoint("while_loop", checkpoint), bool(throw)),
+    )
 
 
 def only_reads(who: str, cell: Cell) -> StateTraceError:

@@ -268,11 +268,11 @@ def values_of(cells: Iterable[Cell]) -> Values:
     return Values((cell, access.read(cell)) for cell in cells)
 
 
-def note_checks(*programs: Program) -> None:
+def note_checks(*programs: Program, always: bool = False) -> None:
     """Tells the frame around the transform of callbacks that may fail."""
     frame = access.local.frame
     assert frame is not None, "a twin runs in a transaction"
-    frame.checks |= any(p.may_fail for p in programs)
+    frame.checks |= always or any(p.may_fail for p in programs)
 
 
 def unchanged_types(

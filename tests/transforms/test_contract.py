@@ -272,6 +272,7 @@ OURS = {
     "scan": {"progress", "state_axes", "checkpoint"},
     "map": {"progress", "state_axes", "checkpoint"},
     "fori_loop": {"progress", "checkpoint"},
+    "while_loop": {"max_steps", "checkpoint", "throw"},
     "shard_map": {"state_specs"},
 }
 """Keywords that a twin has beside those of what it stands for."""
