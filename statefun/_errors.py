@@ -119,7 +119,8 @@ def foreign_write(cell: Cell) -> StateTraceError:
             "`jax.vmap`, `jax.jit`, `jax.lax.scan`, an `eqx.filter_…`): it would be "
             "stored as a tracer and be meaningless as soon as the transform ends.",
             f"use the transform of the same name from statefun ({_TWINS}): it takes the "
-            "value out of the transform and writes it to the State.",
+            "value out of the transform and writes it to the State. For "
+            "`optax.microbatch` that is `sf.filter_grad(…, microbatch=…)`.",
         )
     )
 

@@ -10,6 +10,7 @@ import equinox as eqx
 
 from .._trace.result import unpack
 from ._ad import differentiable
+from ._microbatch import accumulate, as_microbatch
 from ._twin import Wrapper, values_at
 
 
@@ -17,6 +18,8 @@ class _ValueAndGrad(Wrapper):
     _fun: Callable
     _has_aux: bool = eqx.field(static=True)
     _wrt: Any
+    _microbatch: int | None = eqx.field(static=True)
+    _collect: bool = eqx.field(static=True)
     _gradkwargs: dict[str, Any] = eqx.field(static=True)
 
     @property
@@ -30,14 +33,27 @@ class _ValueAndGrad(Wrapper):
         return super().__call__(*args, **kwargs)
 
     def _run(self, args: tuple, kwargs: dict) -> Any:
-        diff, rest, inner = differentiable(
-            self._fun, self._has_aux, self._wrt, args, kwargs
-        )
-        transform = eqx.filter_value_and_grad(inner, has_aux=True, **self._gradkwargs)
-        (loss, (aux, written)), grad = transform(diff, *rest)
-        written.write()
-        grad = values_at(grad)
-        return ((loss, unpack(aux)) if self._has_aux else loss), grad
+        def parts(args: tuple) -> tuple:
+            return differentiable(self._fun, self._has_aux, self._wrt, args, kwargs)
+
+        def gradient(args: tuple) -> tuple[Any, Any, Any]:
+            diff, rest, inner = parts(args)
+            transform = eqx.filter_value_and_grad(
+                inner, has_aux=True, **self._gradkwargs
+            )
+            (loss, (aux, written)), grad = transform(diff, *rest)
+            written.write()
+            return loss, unpack(aux), grad
+
+        if self._microbatch is None:
+            loss, aux, grad = gradient(args)
+        else:
+            first = 1 if self._wrt is None else 0
+            loss, aux, grad = accumulate(
+                *(gradient, self._fun, parts(args)[0], args, first),
+                *(self._microbatch, self._collect),
+            )
+        return ((loss, aux) if self._has_aux else loss), values_at(grad)
 
 
 class _Grad(Wrapper):
@@ -57,6 +73,8 @@ def filter_value_and_grad(
     *,
     has_aux: bool = False,
     wrt: Any = None,
+    microbatch: int | None = None,
+    collect: bool = False,
     **gradkwargs: Any,
 ) -> Any:
     """As `equinox.filter_value_and_grad`, for functions that read and write States.
@@ -73,6 +91,15 @@ def filter_value_and_grad(
     - `has_aux`: whether `fun` returns auxiliary data.
     - `wrt`: a State, or any tree of States. Those that the function never reads have a
         gradient of zeros.
+    - `microbatch`: in how many equal parts to cut the batch, to go through one after the
+        other: less memory, and for a loss that is a mean over the batch the same
+        gradient. Cut along their leading axis are the arrays of all positional arguments
+        (without `wrt` the first is differentiated, and left whole). Keyword arguments
+        and the closure are shared. What the function writes to States (statistics,
+        random keys, metrics) it writes once for each part, in order.
+    - `collect`: with `microbatch`, whether loss and aux come with a leading axis, an
+        entry for each part. Else they are averaged; aux may then hold floating-point
+        scalars, and leaves that are no arrays.
     - `gradkwargs`: passed on to `jax.value_and_grad`.
 
     **Returns:** a function with the arguments of `fun` that returns `(value, grad)`, or
@@ -81,7 +108,10 @@ def filter_value_and_grad(
     are not inexact arrays. A State that occurs twice has one gradient, the sum, in both
     places.
 
-    **Raises:** `TypeError`, as Equinox does, if there is nothing to differentiate.
+    **Raises:** `TypeError`, as Equinox does, if there is nothing to differentiate. With
+    `microbatch`: `ValueError` if the sizes of the batch differ, or can't be divided;
+    `TypeError` if aux holds what has no mean; `statefun.StateTypeError` if a State is in
+    an argument that would be cut.
 
     !!! example
 
@@ -97,12 +127,15 @@ def filter_value_and_grad(
         w.value -= 0.1 * grad
         ```
     """
+    options: dict[str, Any] = {"has_aux": has_aux, "wrt": wrt, **gradkwargs}
+    options |= {"microbatch": microbatch, "collect": collect}
     if fun is None:
-        return functools.partial(
-            filter_value_and_grad, has_aux=has_aux, wrt=wrt, **gradkwargs
-        )
+        return functools.partial(filter_value_and_grad, **options)
     eqx.filter_value_and_grad(fun, has_aux=has_aux, **gradkwargs)  # checks `gradkwargs`
-    return eqx.module_update_wrapper(_ValueAndGrad(fun, has_aux, wrt, gradkwargs))
+    count = as_microbatch("filter_value_and_grad", microbatch, collect)
+    return eqx.module_update_wrapper(
+        _ValueAndGrad(fun, has_aux, wrt, count, collect, gradkwargs)
+    )
 
 
 def filter_grad(
@@ -110,6 +143,8 @@ def filter_grad(
     *,
     has_aux: bool = False,
     wrt: Any = None,
+    microbatch: int | None = None,
+    collect: bool = False,
     **gradkwargs: Any,
 ) -> Any:
     """As `equinox.filter_grad`, for functions that read and write States.
@@ -128,7 +163,8 @@ def filter_grad(
         sf.filter_grad(lambda x: jnp.sum(w.value**2 * x), wrt=w)(2.0)
         ```
     """
+    options: dict[str, Any] = {"has_aux": has_aux, "wrt": wrt, **gradkwargs}
+    options |= {"microbatch": microbatch, "collect": collect}
     if fun is None:
-        return functools.partial(filter_grad, has_aux=has_aux, wrt=wrt, **gradkwargs)
-    inner = filter_value_and_grad(fun, has_aux=has_aux, wrt=wrt, **gradkwargs)
-    return eqx.module_update_wrapper(_Grad(inner))
+        return functools.partial(filter_grad, **options)
+    return eqx.module_update_wrapper(_Grad(filter_value_and_grad(fun, **options)))
