@@ -24,7 +24,7 @@ import jax.tree_util as jtu
 
 from .._call.calls import Calls
 from .._call.compiled import Options
-from .._call.modules import Unhashable, take
+from .._call.modules import Unhashable, leaf_keys
 from .._state.state import State
 from .._state.static import exact_key, is_identity, is_weak, static_key, treedef_key
 from .._trace.names import innermost
@@ -112,10 +112,8 @@ def _module(module: eqx.Module) -> Same | None:
     owner = innermost(module) if wraps else type(module)
     if not isinstance(owner, types.FunctionType | type):
         return None
-    arrays: list[Any] = []
-    states: list[State] = []
     try:
-        take(module, arrays, states)
+        _, arrays, states = leaf_keys(jtu.tree_leaves(module))
     except Unhashable:  # it can't be an argument
         return None
     if arrays or states:
