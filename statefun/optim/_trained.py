@@ -25,7 +25,7 @@ class Trained:
         before, are None in the arrays.
 
     **Raises:** `statefun.StateTypeError` if there is nothing to train, or if a Param
-    stands in the value of another State, where gradients don't reach it.
+    stands in the value of another State, which is not trained with it.
     """
 
     def __init__(self, tree: Any):
@@ -96,6 +96,7 @@ class Trained:
             if param is None:
                 continue
             like = eqx.filter(held(param), eqx.is_inexact_array)
+            part = _own(param, part)
             if _key(part) != _key(like):
                 at = path + first_difference(like, part)
                 raise _misfit(at, "the structure is not that of the Param's arrays")
@@ -106,6 +107,21 @@ class Trained:
 
 def _key(tree: Any) -> TreeKey:
     return treedef_key(jtu.tree_structure(tree))
+
+
+def _own(param: State, part: Any) -> Any:
+    """The gradient of a Param without those of the Params in its value."""
+    leaves, treedef = jtu.tree_flatten(held(param))
+    if not any(isinstance(leaf, State) for leaf in leaves):
+        return part
+    try:
+        parts = treedef.flatten_up_to(part)
+    except (ValueError, TypeError):  # the caller says where it differs
+        return part
+    return treedef.unflatten(
+        None if isinstance(leaf, State) else x
+        for leaf, x in zip(leaves, parts, strict=True)
+    )
 
 
 def _combined(param: State, part: Any) -> Any:
@@ -156,8 +172,8 @@ def _hidden(path: str, state: State) -> StateTypeError:
     return StateTypeError(
         message(
             f"Optimizer was given `{path}`, a Param inside the value of another State.",
-            "gradients are taken of the values of the States in a tree, and States in "
-            "those values are not differentiated: this Param would stay as it is.",
+            "an optimizer trains the Params of a tree, and not those in the values of "
+            "other States: this Param would stay as it is.",
             f"leave out the outer State, or list both: `wrt=(outer, {state.name or '…'})`.",
         )
     )

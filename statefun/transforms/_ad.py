@@ -8,14 +8,17 @@ from typing import Any
 import equinox as eqx
 import jax.tree_util as jtu
 
-from .._state.state import Param, State
+from .._errors import StateValueError, message
+from .._state.cell import Cell
+from .._state.state import State, held
+from .._state.structure import same
 from .._trace.result import unpack
 from ._twin import (
     Opened,
     Wrapper,
     close_states,
     hold,
-    is_opened,
+    is_param,
     only_states,
     open_states,
     run_pure,
@@ -36,14 +39,15 @@ def filter_jvp(
 
     - `fn`: the function. What it writes to States comes out as primal values.
     - `primals`: where to evaluate it.
-    - `tangents`: of the structure of `primals`, with None for what is not
-        differentiated. A tangent of its value may stand in the place of a State in
-        `primals`.
+    - `tangents`: of the structure of `primals`, with None for what is not differentiated.
+        In the place of a State in `primals` may stand a tangent of its value; for one
+        that occurs twice, the same one in both places, or None in one of them.
     - `kwargs`: keyword arguments of `fn`; not differentiated.
 
     **Returns:** `(primals_out, tangents_out)`.
 
-    **Raises:** `ValueError` if the structures of `primals` and `tangents` differ.
+    **Raises:** `ValueError` if the structures of `primals` and `tangents` differ, or if a
+    State is given two tangents.
 
     !!! example
 
@@ -56,19 +60,12 @@ def filter_jvp(
     """
 
     def run() -> tuple[Any, Any]:
-        wanted = _tangents_of_states(primals, tangents)
-        if wanted is None:  # Equinox says what is wrong
+        try:
+            opened, opened_tangents, states = _open_both(primals, tangents)
+        except StateValueError:
+            raise
+        except ValueError:  # Equinox says what is wrong
             return eqx.filter_jvp(fn, primals, tangents, **kwargs)
-        opened, states = open_states(primals, lambda s: s._cell in wanted)
-
-        def tangent(primal: Any, given: Any) -> Any:
-            if not is_opened(primal):
-                return given
-            return Opened(None if primal.value is None else given, primal.cell)
-
-        opened_tangents = jtu.tree_map(
-            tangent, opened, tangents, is_leaf=lambda x: is_opened(x) or x is None
-        )
 
         def inner(*args: Any) -> Any:
             args, inside = close_states(args, states)
@@ -83,15 +80,66 @@ def filter_jvp(
     return transaction(run)
 
 
-def _tangents_of_states(primals: Any, tangents: Any) -> set[Any] | None:
-    """The States in whose place there is a tangent; None if the structures differ."""
-    leaves, treedef = jtu.tree_flatten(primals)
-    try:
+def _open_both(primals: Any, tangents: Any) -> tuple[Any, Any, dict[Cell, State]]:
+    """Opens the States in whose place there is a tangent, each once.
+
+    **Returns:** the primals and the tangents, and the States.
+
+    **Raises:** `ValueError` if the structures of `primals` and `tangents` differ;
+    `StateValueError` if those of a State and its tangent do, or if it has two tangents.
+    """
+    states: dict[Cell, State] = {}
+    given: dict[Cell, Any] = {}
+
+    def pair(leaf: Any, tangent: Any) -> tuple[Any, Any]:
+        if not isinstance(leaf, State) or tangent is None:
+            return leaf, tangent
+        cell = leaf._cell
+        if cell in states:
+            _check_tied(cell, given[cell], tangent)
+            return Opened(None, cell), Opened(None, cell)
+        states[cell], given[cell] = leaf, tangent
+        try:
+            value, tangent = pairs(held(leaf), tangent)
+        except StateValueError:
+            raise
+        except ValueError as error:
+            raise StateValueError(
+                message(
+                    f"the tangent of {cell.describe()} has another structure than what "
+                    "it holds.",
+                    f"{error}",
+                    "give a tangent of the structure of `.value`, with None for what is "
+                    "not differentiated.",
+                )
+            ) from error
+        return Opened(value, cell), Opened(tangent, cell)
+
+    def pairs(tree: Any, tangents: Any) -> tuple[Any, Any]:
+        leaves, treedef = jtu.tree_flatten(tree)
         parts = treedef.flatten_up_to(tangents)
-    except ValueError:
-        return None
-    pairs = zip(leaves, parts, strict=True)
-    return {x._cell for x, t in pairs if isinstance(x, State) and t is not None}
+        both = [pair(x, t) for x, t in zip(leaves, parts, strict=True)]
+        return treedef.unflatten(x for x, _ in both), treedef.unflatten(
+            t for _, t in both
+        )
+
+    return *pairs(primals, tangents), states
+
+
+def _check_tied(cell: Cell, first: Any, second: Any) -> None:
+    if jtu.tree_structure(first) == jtu.tree_structure(second):
+        try:
+            if all(map(same, jtu.tree_leaves(first), jtu.tree_leaves(second))):
+                return
+        except TypeError:  # traced: one can't tell
+            pass
+    raise StateValueError(
+        message(
+            f"`filter_jvp` was given two tangents for {cell.describe()}.",
+            "it stands in two places, but is one State, and has one tangent.",
+            "give the same tangent in both places, or None in one of them.",
+        )
+    )
 
 
 def filter_vjp(fun: Callable[..., Any], *primals: Any, has_aux: bool = False) -> tuple:
@@ -145,10 +193,6 @@ def filter_vjp(fun: Callable[..., Any], *primals: Any, has_aux: bool = False) ->
         return (out, pull, unpack(aux)) if has_aux else (unpack(out), pull)
 
     return transaction(run)
-
-
-def is_param(state: State) -> bool:
-    return isinstance(state, Param)
 
 
 def differentiable(

@@ -90,7 +90,8 @@ def filter_value_and_grad(
         anything. May be left out, to use the rest as a decorator.
     - `has_aux`: whether `fun` returns auxiliary data.
     - `wrt`: a State, or any tree of States. Those that the function never reads have a
-        gradient of zeros.
+        gradient of zeros. `Param`s in the value of a State are differentiated, too, here
+        and in the first argument.
     - `microbatch`: in how many equal parts to cut the batch, to go through one after the
         other: less memory, and for a loss that is a mean over the batch the same
         gradient. Cut along their leading axis are the arrays of all positional arguments

@@ -29,7 +29,7 @@ import numpy as np
 from .._errors import StateValueError, message
 from .._state import access
 from .._state.cell import Cell, Value, Values
-from .._state.state import State
+from .._state.state import Param, State
 from .._state.structure import Structure, flatten
 from .._trace import program as _program
 from .._trace.escape import refuse_left_behind
@@ -113,13 +113,20 @@ def hold(cells: Iterable[Cell]) -> None:
     frame.hold(cells)
 
 
-@functools.partial(jtu.register_dataclass, data_fields=["value"], meta_fields=["cell"])
+@functools.partial(
+    jtu.register_dataclass, data_fields=["value"], meta_fields=["cell", "whole"]
+)
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A State in a tree, opened: its value stands there, for a transform to work on."""
+    """A State in a tree, opened: its value stands there, for a transform to work on.
+
+    Where only States in its value are opened (`whole` is False), `value` has these, and
+    None in all other places.
+    """
 
     value: Any
     cell: Cell
+    whole: bool = True
 
 
 def open_states(
@@ -127,22 +134,39 @@ def open_states(
 ) -> tuple[Any, dict[Cell, State]]:
     """Replaces States of a tree by their values, each once.
 
+    `Param`s in the values of States are opened, too.
+
     **Returns:** the tree, and the States. A State that occurs twice is opened at its
     first place; at the others an empty `Opened` stands for it.
     """
     states: dict[Cell, State] = {}
 
-    def replace(leaf: Any) -> Any:
-        if not isinstance(leaf, State) or not which(leaf):
+    def replace(leaf: Any, which: Callable[[State], bool]) -> Any:
+        if not isinstance(leaf, State):
             return leaf
         cell = leaf._cell
         if cell in states:
             return Opened(None, cell)
+        flat, structure = access.read(cell) if which(leaf) else access.current(cell)
+        inner = bool(structure.states)
+        if which(leaf):
+            states[cell] = leaf
+            value = structure.unflatten(flat)
+            return Opened(inside(value, False) if inner else value, cell)
+        value = inside(structure.unflatten(flat), True) if inner else None
+        if not any(map(is_opened, jtu.tree_leaves(value, is_leaf=is_opened))):
+            return leaf
         states[cell] = leaf
-        flat, structure = access.read(cell)
-        return Opened(structure.unflatten(flat), cell)
+        return Opened(value, cell, whole=False)
 
-    return jtu.tree_map(replace, tree), states
+    def inside(value: Any, only: bool) -> Any:
+        def one(leaf: Any) -> Any:
+            new = replace(leaf, is_param)
+            return None if only and not is_opened(new) else new
+
+        return jtu.tree_map(one, value)
+
+    return jtu.tree_map(lambda leaf: replace(leaf, which), tree), states
 
 
 def close_states(
@@ -155,7 +179,9 @@ def close_states(
         if not isinstance(leaf, Opened):
             return leaf
         if leaf.value is not None and leaf.cell not in inside:
-            inside[leaf.cell] = flatten(leaf.value)
+            value = jtu.tree_map(replace, leaf.value, is_leaf=is_opened)
+            if leaf.whole:
+                inside[leaf.cell] = flatten(value)
         return states[leaf.cell]
 
     return jtu.tree_map(replace, tree, is_leaf=is_opened), inside
@@ -165,6 +191,10 @@ def is_opened(x: Any) -> bool:
     return isinstance(x, Opened)
 
 
+def is_param(state: State) -> bool:
+    return isinstance(state, Param)
+
+
 def values_at(tree: Any) -> Any:
     """The values themselves in place of the `Opened`, in every place of a State."""
     by_cell: dict[Cell, Any] = {}
@@ -172,8 +202,8 @@ def values_at(tree: Any) -> Any:
     def replace(node: Any) -> Any:
         if not is_opened(node):
             return node
-        if node.value is not None:
-            by_cell[node.cell] = values_at(node.value)  # nested in a Hessian
+        if node.value is not None:  # States in it are opened, too, as in a Hessian
+            by_cell[node.cell] = jtu.tree_map(replace, node.value, is_leaf=is_opened)
         return by_cell.get(node.cell)
 
     return jtu.tree_map(replace, tree, is_leaf=is_opened)

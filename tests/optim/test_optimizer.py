@@ -605,3 +605,12 @@ def test_an_optimizer_shows_no_closures():
 
 def test_training_leaks_no_tracer(checking_leaks):
     trained(optax.adam(1e-2), 2)
+
+
+def test_a_param_inside_another_is_trained_where_it_stands_by_itself():
+    inner = sf.Param(jnp.array(2.0))
+    outer = sf.Param({"w": jnp.array(3.0), "inner": inner})
+    optimizer = sf.Optimizer(optax.sgd(0.5), (outer, inner))
+    loss = lambda: outer.value["w"] * outer.value["inner"].value  # noqa: E731
+    optimizer.update(sf.filter_grad(loss, wrt=(outer, inner))())
+    assert outer.value["w"] == 2 and inner.value == 0.5

@@ -497,3 +497,56 @@ def test_a_refused_backward_rule_leaves_the_states_usable(annealed):
 
     assert caught(jnp.float32(1)) == 2
     assert strength.value == 2
+
+
+class Pair(eqx.Module):
+    a: sf.Param
+    b: sf.Param
+
+
+ONE, TWO = jnp.array(1.0), jnp.array(2.0)
+
+
+@pytest.mark.parametrize(
+    "given", [(ONE, ONE), (ONE, None), (None, ONE), (ONE, ONE * 1)]
+)
+def test_a_state_in_two_places_has_the_tangent_given_in_either(given):
+    w = sf.Param(jnp.array(3.0), name="w")
+
+    def f(pair):
+        return 2 * pair.a.value + 5 * pair.b.value
+
+    out, tangent = sf.filter_jvp(f, (Pair(w, w),), (Pair(*given),))
+    assert out == 21 and tangent == 7
+    _, tangent = sf.filter_jvp(
+        lambda x, y: f(Pair(x.a, y.a)),
+        *zip(
+            (Pair(w, w), Pair(given[0], None)),
+            (Pair(w, w), Pair(given[1], None)),
+            strict=True,
+        ),
+    )
+    assert tangent == 7
+
+
+@pytest.mark.parametrize("given", [(ONE, TWO), (ONE, jnp.ones(2))])
+def test_a_state_in_two_places_has_no_two_tangents(given):
+    w = sf.Param(jnp.array(3.0), name="w")
+    with pytest.raises(sf.StateValueError, match=r"two tangents for Param 'w'"):
+        sf.filter_jvp(lambda pair: pair.a.value, (Pair(w, w),), (Pair(*given),))
+
+
+def test_tangents_of_states_inside_others_are_used():
+    inner = sf.Param(jnp.array(2.0), name="inner")
+    outer = sf.Param({"w": jnp.array(3.0), "inner": inner}, name="outer")
+
+    def f(pair):
+        return pair.a.value["w"] * pair.a.value["inner"].value
+
+    for at, expected in (({"w": ONE, "inner": ONE}, 5), ({"w": None, "inner": ONE}, 3)):
+        _, tangent = sf.filter_jvp(f, (Pair(outer, inner),), (Pair(at, None),))
+        assert tangent == expected
+    with pytest.raises(
+        sf.StateValueError, match="tangent of Param 'outer' .* structure"
+    ):
+        sf.filter_jvp(f, (Pair(outer, inner),), (Pair({"x": ONE}, None),))

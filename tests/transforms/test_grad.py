@@ -475,3 +475,67 @@ def test_a_training_step_reads_the_gradient_and_writes_the_state(w):
 
     assert step(jnp.zeros(2)) == 5.0
     assert np.array_equal(w.value, [0.5, 1.0])
+
+
+# -- Params in the values of States ---------------------------------------------------
+
+
+class Holder(eqx.Module):
+    held: sf.State
+
+
+def nested(kind=sf.Param):
+    inner = sf.Param(jnp.array(2.0), name="inner")
+    mean = sf.State(jnp.array(7.0), name="mean")
+    value = {"w": jnp.array(3.0), "inner": inner, "mean": mean, "act": "relu"}
+    return kind(value, name="outer"), inner
+
+
+def product(outer):
+    value = outer.value
+    return value["w"] * value["inner"].value ** 2 + value["mean"].value
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_param_in_the_value_of_a_param_is_differentiated(jit):
+    outer, _ = nested()
+    wrap = sf.filter_jit if jit else (lambda f: f)
+    expected = {"w": 4, "inner": 12, "mean": None, "act": None}
+    assert wrap(sf.filter_grad(lambda: product(outer), wrt=outer))() == expected
+    by_argument = sf.filter_grad(lambda holder: product(holder.held))
+    assert wrap(by_argument)(Holder(outer)).held == expected
+    _, pull = sf.filter_vjp(lambda holder: product(holder.held), Holder(outer))
+    assert pull(jnp.array(1.0))[0].held == expected
+
+
+def test_a_param_in_the_value_of_another_state_is_differentiated():
+    outer, _ = nested(sf.State)
+    grad = sf.filter_grad(lambda holder: product(holder.held))(Holder(outer))
+    assert grad.held == {"w": None, "inner": 12, "mean": None, "act": None}
+
+
+def test_a_param_inside_and_beside_another_has_one_gradient():
+    outer, inner = nested()
+    for wrt, places in (((outer, inner), (0, 1)), ((inner, outer), (1, 0))):
+        grads = sf.filter_grad(lambda: product(outer) + inner.value, wrt=wrt)()
+        assert grads[places[0]]["inner"] == grads[places[1]] == 13
+
+
+def test_derivatives_of_params_inside_others_agree():
+    outer, inner = nested()
+    hessian = sf.filter_hessian(lambda: product(outer), wrt=outer)()
+    assert hessian["inner"]["inner"] == 6 and hessian["w"]["inner"] == 4
+    assert sf.filter_jacfwd(lambda: product(outer), wrt=outer)()["inner"] == 12
+    assert inner.value == 2
+
+
+def test_what_is_written_to_a_param_inside_another_is_kept():
+    outer, inner = nested()
+
+    def f():
+        loss = product(outer)
+        inner.value = inner.value + 1
+        return loss
+
+    assert sf.filter_grad(f, wrt=outer)()["inner"] == 12
+    assert inner.value == 3 and outer.value["inner"] is inner
