@@ -115,6 +115,7 @@ ENDING = {
     "map in batches": lambda f: sf.map(f, THREE, batch_size=2),
     "fori_loop": lambda f: sf.fori_loop(0, 3, lambda i, x: f(x), ONE),
     "while_loop": lambda f: sf.while_loop(lambda x: x < 3, lambda x: f(x) + 1, ONE),
+    "associative_scan": lambda f: sf.associative_scan(lambda a, b: a + f(b), THREE),
     "cond": lambda f: sf.cond(True, f, lambda x: x, ONE),
     "switch": lambda f: sf.switch(1, [lambda x: x, f], ONE),
     "filter_checkpoint": lambda f: sf.filter_checkpoint(f)(ONE),

@@ -419,6 +419,23 @@ def test_import_of_statefun_warns_of_nothing_and_brings_no_extra():
     assert result.stdout == "[]\n"
 
 
+def test_every_error_about_a_state_says_what_why_and_what_to_write_instead():
+    kinds = {"StateError", "StateTraceError", "StateTypeError", "StateValueError"}
+    made, faults = 0, []
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in kinds:
+                made += 1
+                text = node.args[0] if node.args else None
+                parts = text.args if isinstance(text, ast.Call) else []
+                if getattr(getattr(text, "func", None), "id", "") != "message":
+                    parts = []
+                if len(parts) != 3:
+                    faults.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert made > 30
+    assert faults == []
+
+
 def test_every_public_name_is_there_and_has_a_docstring():
     statefun = importlib.import_module("statefun")
     assert len(set(statefun.__all__)) == len(statefun.__all__) > 0

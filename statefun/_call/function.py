@@ -367,8 +367,12 @@ class StatefulFunction(Fast, Generic[P, R]):
         problems = _misfits(self._by_key(key))
         if problems:
             raise StateValueError(
-                f"{self.name}: {len(problems)} of the States don't fit the trace.\n"
-                + "\n".join(f"- {p}" for p in problems)
+                message(
+                    f"{self.name}: {len(problems)} of the States don't fit the trace.\n"
+                    + "\n".join(f"- {p}" for p in problems),
+                    "a trace is about values of one structure, shape and dtype.",
+                    "call the function, or `make_jaxpr`, to have it traced again.",
+                )
             )
         return True
 
@@ -397,9 +401,7 @@ class StatefulFunction(Fast, Generic[P, R]):
     def _by_key(self, key: CacheKey) -> _Found:
         traces = self._calls.with_key(key)
         if not traces and key in self._calls.lost:
-            raise StateValueError(
-                f"{self.name}: {self._calls.lost[key]} is gone, and its trace with it."
-            )
+            raise _gone(f"{self.name}: {self._calls.lost[key]}")
         if not traces:
             raise self._unknown(key)
         arguments = [ref() for ref in traces[0].arguments]
@@ -422,9 +424,7 @@ class StatefulFunction(Fast, Generic[P, R]):
         by_cell = dict(zip(program.order, found.states, strict=True))
         missing = [c for c, state in by_cell.items() if state is None]
         if missing:
-            raise StateValueError(
-                f"{self.name}: {missing[0].describe()} of the trace is gone."
-            )
+            raise _gone(f"{self.name}: {missing[0].describe()} of the trace")
         states: dict[Cell, Any] = by_cell
         return StateTrace(
             states=tuple(states.values()),
@@ -566,6 +566,16 @@ def _check_values(found: _Found, values: Sequence[Any]) -> Values:
             )
         fitting[cell] = flat, structure
     return fitting
+
+
+def _gone(which: str) -> StateValueError:
+    return StateValueError(
+        message(
+            f"{which} is gone.",
+            "a trace doesn't keep its States alive, and says nothing about others.",
+            "keep the State, or ask with the arguments of a call, which traces again.",
+        )
+    )
 
 
 def _misfits(found: _Found) -> list[str]:

@@ -86,8 +86,12 @@ class Hyperparams(Mapping[str, jax.Array]):
         new = jnp.asarray(value).astype(old.dtype)
         if new.shape != old.shape:
             raise StateValueError(
-                f"the hyperparameter {key!r} has shape {old.shape}, and a value of shape "
-                f"{new.shape} was assigned."
+                message(
+                    f"the hyperparameter {key!r} has shape {old.shape}, and a value of "
+                    f"shape {new.shape} was assigned.",
+                    "shape and dtype stay, so that a compiled step is not retraced.",
+                    f"assign a value of shape {old.shape}.",
+                )
             )
         self._opt_state.value = _replaced(self._opt_state.value, "", path, name, new)
 

@@ -559,7 +559,7 @@ def associative_scan(
     arrays, build = split_arrays(elems)
 
     def combine(a: list, b: list) -> list:
-        out, written = run_pure(lambda: fn(build(a), build(b)))
+        out, written = run_pure(lambda: fn(build(a), build(b)), ends=True)
         if written.values:
             raise only_reads(
                 "function of `associative_scan`", next(iter(written.values))
