@@ -2,6 +2,7 @@
 
 - `static`, `fingerprint`: keys of what is static.
 - `structure`, `numbers`: a value, split into its arrays and everything else.
+- `handed`: what `.value` has given out, and whether it was changed in place.
 - `cell`: the storage of a State. Owns committed values, and the one lock and the one
   commit by which they change; nobody else assigns them.
 - `access`: how a State reads and writes: in the frame of the trace under way, if there
