@@ -77,7 +77,7 @@ GIVEN = [
     *("CacheKey", "Cause", "Compiled", "Hyperparams", "Jitted", "Lowered", "Report"),
     *("Retrace", "StateError", "StateTrace", "StateTraceError", "StateTypeError"),
     *("StateValueError", "TraceLimitError", "Traced"),
-    *("nn.Cache", "nn.FromEquinox", "nn.InMode", "optim.Hyperparams"),
+    *("nn.Cache", "nn.FromEquinox", "nn.InMode", "nn.Part", "optim.Hyperparams"),
 ]
 MODULES = ["statefun", *(f"statefun.{m}" for m in ("ir", "metrics", "nn", "optim"))]
 TO_CALL = [

@@ -100,7 +100,7 @@ def filter_value_and_grad(
         random keys, metrics) it writes once for each part, in order.
     - `collect`: with `microbatch`, whether loss and aux come with a leading axis, an
         entry for each part. Else they are averaged; aux may then hold floating-point
-        scalars, and leaves that are no arrays.
+        scalars, and non-array leaves.
     - `gradkwargs`: passed on to `jax.value_and_grad`.
 
     **Returns:** a function with the arguments of `fun` that returns `(value, grad)`, or

@@ -224,7 +224,7 @@ def shard_map(
 
     - `f`: the function of the pieces; may be left out, to use the rest as a decorator.
     - `out_specs`, `in_specs`, `mesh`, `axis_names`, `check_vma`: as in `jax.shard_map`.
-        Arguments and results may hold leaves that are no arrays.
+        Arguments and results may have non-array leaves.
     - `state_specs`: which States are held in pieces, and how. None: those in arguments
         are, by the spec of the argument; all devices hold the same value of the others.
         A `PartitionSpec`: all States are. A list of pairs of a State, a kind of State or

@@ -210,7 +210,7 @@ def values_at(tree: Any) -> Any:
 
 
 def only_states(tree: Any) -> Any:
-    """The tree with None in place of every leaf that is no State."""
+    """The tree with None in place of every leaf but States."""
     return jtu.tree_map(lambda x: x if isinstance(x, State) else None, tree)
 
 
