@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -85,17 +86,18 @@ class Stack(eqx.Module):
         n = operator.index(n)
         if n < 1:
             raise ValueError(f"a stack has at least one layer, but `n` is {n}.")
-        seen: list[State] = []
+        # Weakly: a State that the function has made must not outlive it here.
+        seen: list[weakref.ref[State]] = []
 
         def one(*key: Any) -> Any:
             layer = make(*key)
-            seen.extend(states(layer).values())
+            seen.extend(map(weakref.ref, states(layer).values()))
             return layer
 
         keys = () if key is None else (jax.random.split(key, n),)
         self.layers = filter_vmap(one, axis_size=n)(*keys)
         # The States that the function has made come out as others, stacked.
-        given = [s for s in states(self.layers).values() if any(s is t for t in seen)]
+        given = [s for s in states(self.layers).values() if any(s is t() for t in seen)]
         self.shared = tuple(given)
         self._n = n
 
