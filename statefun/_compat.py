@@ -65,6 +65,12 @@ def in_trace(trace: Any) -> Any:
     return jec.set_current_trace(trace)
 
 
+def return_to(trace: Any) -> None:
+    """Makes the trace the current one for good, whatever an interrupt has kept from
+    leaving another."""
+    in_trace(trace).__enter__()
+
+
 @functools.cache
 def array_class() -> type:
     """The class of concrete arrays.

@@ -47,11 +47,16 @@ PLACES = int(os.environ.get("STATEFUN_INTERRUPTS", "25"))
 # -- raising at the k-th bytecode ---------------------------------------------------
 
 
-class Bytecodes:
-    """Counts the bytecodes of statefun that run in a block, and may raise at one."""
+def raise_interrupt():
+    raise KeyboardInterrupt
 
-    def __init__(self, at=None):
+
+class Bytecodes:
+    """Counts the bytecodes of statefun that run in a block, and may act at one."""
+
+    def __init__(self, at=None, act=raise_interrupt):
         self.at = at
+        self.act = act
         self.count = 0
         self.place = ""
         self.thread = threading.get_ident()
@@ -63,7 +68,7 @@ class Bytecodes:
         if self.count - 1 == self.at:
             file = code.co_filename.removeprefix(PACKAGE)
             self.place = f"{file}:{line()} in {code.co_name}"
-            raise KeyboardInterrupt
+            self.act()
 
     if sys.version_info >= (3, 12):
         # There `sys.settrace` misses bytecodes of a frame that wasn't traced before.
@@ -119,14 +124,32 @@ def bytecodes(run):
     return counted.count
 
 
-def interrupt(run, at):
+def interrupt(run, at, act=raise_interrupt):
     """Runs and interrupts; where, or "" if it had ended before that."""
-    with Bytecodes(at) as bytecode:
+    room = recursion_room()
+    with Bytecodes(at, act) as bytecode:
         try:  # `contextlib` is watched
             run()
         except KeyboardInterrupt:
             pass
+    if LOSES_ROOM:
+        lost = room - recursion_room()
+        sys.setrecursionlimit(sys.getrecursionlimit() + lost)
     return bytecode.place
+
+
+# Python 3.11 takes some calls for being under way for ever after an exception that was
+# raised while it was traced.
+LOSES_ROOM = sys.version_info < (3, 12)
+
+
+def recursion_room():
+    if not LOSES_ROOM:
+        return 0
+    try:
+        return recursion_room() + 1
+    except RecursionError:
+        return 0
 
 
 # -- what is left behind ------------------------------------------------------------
@@ -172,6 +195,7 @@ def restore():
     cell.shared.taken.clear()
     cell.shared.version += cell.shared.version & 1
     _compat.trace_generation(0).__enter__()
+    _compat.return_to(_compat.TOP_LEVEL)
 
 
 class Probe:

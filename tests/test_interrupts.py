@@ -1,8 +1,15 @@
 """Ctrl-C, forks and finalizers at the wrong moment: see `interrupts`."""
 
+import gc
+import os
+import textwrap
+
 import jax.numpy as jnp
 import pytest
 
+import statefun as sf
+
+from .fresh import run_fresh
 from .interrupts import (
     OPERATIONS,
     Probe,
@@ -63,3 +70,140 @@ def test_signals_at_random_moments_leave_states_before_or_after():
     done = with_signals(seed=0, seconds=3)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert int(done.stdout.split()[0]) > 10
+
+
+# -- forks --------------------------------------------------------------------------
+
+# What runs in the child reads and writes only: XLA's threads have not come along.
+IN_CHILD = """
+    import os, signal, threading, time, warnings
+    import jax.numpy as jnp, numpy as np, statefun as sf
+    from statefun._call.locks import TracingLock
+    from statefun._state import cell
+
+    warnings.simplefilter("ignore")  # JAX and Python warn of forks with threads
+    a, b = sf.State(jnp.array(0)), sf.State(jnp.array(0))
+    one, tracing, inside = jnp.asarray(np.int32(1)), TracingLock(), threading.Event()
+
+    def busy():
+        inside.set()
+        time.sleep(0.3)
+
+    def in_another_thread(hold):
+        threading.Thread(target=hold, daemon=True).start()
+        inside.wait()
+
+    def child(run):
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(20)  # kills it
+            try:
+                run()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        return os.waitpid(pid, 0)[1]
+
+    def use():
+        sf.update([a, b], [one, a.value])
+        assert a.value is one
+"""
+FORKS = {
+    "another thread commits": """
+        in_another_thread(lambda: cell.exclusive(busy))
+        print(child(use))
+    """,
+    "another thread has the States": """
+        in_another_thread(lambda: cell.in_turn([a._cell], busy))
+        print(child(use))
+    """,
+    "another thread traces": """
+        in_another_thread(lambda: tracing(busy))
+        print(child(lambda: tracing(use)))
+    """,
+    "this thread traces": """
+        print(tracing(lambda: child(lambda: tracing(use))))
+    """,
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no forks")
+@pytest.mark.parametrize("code", FORKS.values(), ids=FORKS)
+def test_a_process_that_was_forked_has_its_states_to_itself(code):
+    assert run_fresh(textwrap.dedent(IN_CHILD) + textwrap.dedent(code)) == "0"
+
+
+# -- finalizers ---------------------------------------------------------------------
+
+
+class Finalized:
+    """A static part of a value that does something when nobody holds it any more."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def __del__(self):
+        self.act()
+
+
+def replaced(act, write):
+    """What two States hold after `write(a, b, value)` has replaced a value with that."""
+    a, b = (
+        sf.State((Finalized(lambda: act(a, b)), jnp.array(0))),
+        sf.State(jnp.array(0)),
+    )
+    write(a, b, jnp.array(1))
+    gc.collect()
+    return a, b
+
+
+WRITES = {
+    "call": lambda a, b, x: sf.filter_jit(lambda: both(a, b, x))(),
+    "donating call": lambda a, b, x: sf.filter_jit(
+        lambda: both(a, b, x), donate_states=True
+    )(),
+    "gradient": lambda a, b, x: sf.filter_grad(lambda y: (both(a, b, x), y)[1])(1.0),
+    "write": lambda a, b, x: both(a, b, x),
+}
+
+
+def both(a, b, x):
+    b.value = b.value + x
+    a.value = (None, x)
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_finalizer_sees_a_whole_commit_and_may_write(write):
+    seen, other = [], sf.State(jnp.array(0))
+
+    def act(a, b):
+        seen.append((int(a.value[1]), int(b.value)))
+        other.value = jnp.array(7)
+
+    a, b = replaced(act, write)
+    assert seen == [(1, 1)] and other.value == 7
+    assert (int(a.value[1]), int(b.value)) == (1, 1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_an_exception_of_a_finalizer_leaves_nothing_behind(write, error, probe):
+    def act(a, b):
+        b.value = jnp.array(5)
+        raise error
+
+    a, b = replaced(act, write)
+    assert a.value[1] == 1 and b.value == 5
+    probe.check()
+
+
+def test_a_finalizer_may_write_at_any_bytecode_of_a_commit(probe):
+    states, run = OPERATIONS["an_update"]()
+    run()
+    other, one = sf.State(jnp.array(0)), jnp.array(1)
+    for at in places(bytecodes(run), 100):
+        (n,) = {number(s) for s in states}
+        interrupt(run, at, lambda: sf.update([other], [one]))
+        assert {number(s) for s in states} == {n + 1}
+        probe.check()

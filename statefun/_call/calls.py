@@ -275,12 +275,12 @@ class Calls:
     ) -> Any:
         """Looks a call up and does something with it, again where that says so."""
         self.lookups += 1
-        states, frame_around = present.states, local.frame
+        states, around = present.states, (local.frame, _compat.current_trace())
         try:
             return self._look_up(act, args, kwargs, look or self.site)
         except BaseException:
             present.states = states
-            frame.back_outside(frame_around)
+            frame.back_outside(*around)
             raise
 
     def _look_up(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import ClassVar, TypeVar
@@ -12,9 +13,10 @@ T = TypeVar("T")
 class _Claim:
     """Of the thread that traces; kept in the one place of a `TracingLock`."""
 
-    __slots__ = ("over", "thread")
+    __slots__ = ("over", "process", "thread")
 
     def __init__(self) -> None:
+        self.process = os.getpid()
         self.thread = threading.get_ident()
         self.over = threading.Event()
 
@@ -52,6 +54,10 @@ class TracingLock:
             claim = self._claims.setdefault(0, mine)  # atomic
             if claim.thread == mine.thread:
                 return
+            if claim.process != mine.process:  # a fork has left that thread behind
+                if self._claims.get(0) is claim:
+                    self._claims.pop(0, None)
+                continue
             self._waiting[mine.thread] = self
             if self._closes_a_circle(mine.thread):
                 return

@@ -7,6 +7,7 @@ snapshot and committed as one step, under a lock that is never held while JAX ru
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -100,6 +101,19 @@ lock = threading.RLock()
 """Held for the moment of a commit, never while JAX runs. Re-entrant, because a finalizer
 that touches a State may run at any moment."""
 _returned = threading.Condition(lock)
+
+
+def _before_fork() -> None:
+    lock.acquire()
+    wait_for(list(shared.taken))
+
+
+# In the process that a fork makes there is no other thread: one that had the lock or some
+# States would keep them for ever. (Windows has no forks.)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=lock.release, after_in_child=lock.release
+    )
 
 
 def snapshot(cells: Sequence[Cell]) -> tuple[int, list[Value]]:

@@ -386,14 +386,15 @@ class TracedFrame(Frame):
 R = TypeVar("R")
 
 
-def back_outside(frame: Frame | None) -> None:
-    """After an exception: the frame around, and at the top JAX's context, are as before.
+def back_outside(frame: Frame | None, trace: Any) -> None:
+    """After an exception: frame, JAX's trace and its context are those around again.
 
     The exception may be an interrupt that arrived where a `with` was about to leave: then
     it did not. Whatever is left on the stack would make later calls believe that they are
     inside of a transform.
     """
     local.frame = frame
+    _compat.return_to(trace)
     if frame is None:
         stale.leave_trace_context()
 
@@ -412,10 +413,11 @@ def transaction(run: Callable[[], R]) -> R:
             return run() if outer.is_current() else _inside_a_raw_transform(outer, run)
         finally:
             outer.pending = pending
+    trace = _compat.current_trace()
     try:
         return _at_top(run)
     except BaseException:
-        back_outside(None)
+        back_outside(None, trace)
         raise
 
 
@@ -424,8 +426,10 @@ def _at_top(run: Callable[[], R]) -> R:
         with Overlay(keeps=True) as frame:
             stale.begin(frame)
             out = run()
-            if _settle(frame):
-                return out
+            writes, reads = frame.writes, frame.reads
+        # Outside of the frame: a finalizer of what is replaced may write States, too.
+        if _settle(frame, writes, reads):
+            return out
 
 
 def _inside_a_raw_transform(outer: Frame, run: Callable[[], R]) -> R:
@@ -435,16 +439,16 @@ def _inside_a_raw_transform(outer: Frame, run: Callable[[], R]) -> R:
     return _run_in(_Noting(), outer, run)
 
 
-def _settle(frame: Frame) -> bool:
-    frame._check_mutation()
-    writes = frame.writes
+def _settle(
+    frame: Frame, writes: Mapping[Cell, Value], reads: Mapping[Cell, Value]
+) -> bool:
     if not writes:
         return True
     if not frame.is_top:
         raise foreign_write(next(iter(writes)))
     if frame.checks:
         jax.block_until_ready([flat for flat, _ in writes.values()])
-    return commit(writes, {c: flat for c, (flat, _) in frame.reads.items()})
+    return commit(writes, {c: flat for c, (flat, _) in reads.items()})
 
 
 def nested(run: Callable[[], R]) -> R:
