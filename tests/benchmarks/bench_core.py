@@ -44,6 +44,27 @@ def _threaded(fun: Callable[..., tuple], *values: Any) -> Contender:
     return Contender(call, lambda: jtu.tree_leaves(values[0])[0])
 
 
+class _Plain:
+    """An object with an attribute."""
+
+    def __init__(self, value: jax.Array):
+        self.value = value
+
+
+def _eager(peers: bool) -> Mapping[str, Contender]:
+    def contender(holder: Any) -> Contender:
+        def call() -> None:
+            holder.value = holder.value + 1
+
+        return Contender(call, lambda: holder.value)
+
+    zero = jnp.array(0)
+    return {
+        OURS: contender(sf.State(zero)),
+        "a plain attribute": contender(_Plain(zero)),
+    }
+
+
 # -- many scalars -------------------------------------------------------------------
 
 
@@ -297,6 +318,7 @@ def _importing(module: str) -> list[str]:
 
 
 ROWS = [
+    Row("s.value = s.value + 1, eager", calls(_eager), {"a plain attribute": 1.5}),
     *(
         Row(
             f"call, {n} scalar State{'s' * (n > 1)}, all written",
