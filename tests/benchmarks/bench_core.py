@@ -58,7 +58,7 @@ def _eager(peers: bool) -> Mapping[str, Contender]:
 
         return Contender(call, lambda: holder.value)
 
-    zero = jnp.array(0)
+    zero = jnp.zeros((), int)  # not weakly typed, which a State would make of it
     return {
         OURS: contender(sf.State(zero)),
         "a plain attribute": contender(_Plain(zero)),
