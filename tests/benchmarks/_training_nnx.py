@@ -49,10 +49,10 @@ def contenders(
     return {"nnx.jit": started(False), "nnx.cached_partial": started(True)}
 
 
-def first_call(
-    model: nnx.Module, tx: optax.GradientTransformation, loss: Callable, *batch: Any
-) -> Any:
-    """The first step of a model that was made for it."""
+def stepper(
+    model: nnx.Module, tx: optax.GradientTransformation, loss: Callable
+) -> Callable[..., Any]:
+    """A function of a batch that takes a step of training."""
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit
@@ -61,7 +61,7 @@ def first_call(
         optimizer.update(model, grads)
         return value
 
-    return step(model, optimizer, *batch)
+    return lambda *batch: step(model, optimizer, *batch)
 
 
 def size(model: nnx.Module) -> int:
