@@ -16,7 +16,7 @@ from .._state import access
 from .._state.cell import UNSET, Cell, Value, Values
 from .._state.state import State
 from .._state.structure import flat_of, leaves_of
-from ._state_axes import check_axis
+from ._state_axes import check_axis, mesh_axis
 from ._twin import run_pure
 
 
@@ -45,7 +45,22 @@ class Entries:
             return None
         avals = [jax.typeof(x) for x in leaves_of(*value)]
         check_axis(self._twin, cell, avals, axis, self.steps)
+        self._check_sharding(cell, avals, axis)
         return [jec.mapped_aval(self.steps, axis % a.ndim, a) for a in avals]
+
+    def _check_sharding(self, cell: Cell, avals: list[Any], axis: int) -> None:
+        for aval in avals:
+            if mesh_axis(aval, axis) is not None:
+                raise StateValueError(
+                    message(
+                        f"`{self._twin}` maps {cell.describe()} along axis {axis}, which "
+                        f"is sharded by {mesh_axis(aval, axis)}.",
+                        "the axes of the mesh are explicit, and then JAX wants what a "
+                        "loop takes step by step to be whole on every device.",
+                        "shard another axis of the State's value, by `jax.device_put`, or "
+                        "make the axes of the mesh `jax.sharding.AxisType.Auto`.",
+                    )
+                )
 
     def in_front(self) -> list[tuple[Any, int | None]]:
         """The `state_axes` of a twin inside that sees the entries along axis 0."""

@@ -191,6 +191,13 @@ def check_axis(
         )
 
 
+def mesh_axis(aval: Any, axis: int) -> Any:
+    """The explicit axis of the mesh along which an axis of an array is sharded."""
+    spec = aval.sharding.spec
+    axis %= aval.ndim
+    return spec[axis] if axis < len(spec) else None
+
+
 def size_along(rule: Rule, *roots: Any) -> int | None:
     """How many entries the mapped States have, of those likely to be touched."""
     for cell in reachable(*roots):

@@ -20,7 +20,14 @@ from .._state.cell import UNSET, Cell, Value, Values
 from .._state.state import is_state
 from .._state.structure import flat_of, leaves_of
 from .._trace.result import unpack
-from ._state_axes import Rule, check_axis, is_axis, items_of_states, size_along
+from ._state_axes import (
+    Rule,
+    check_axis,
+    is_axis,
+    items_of_states,
+    mesh_axis,
+    size_along,
+)
 from ._twin import Lanes, Wrapper, run_pure
 
 # `eqx.if_array` makes a rule that looks at each leaf; one is enough.
@@ -169,26 +176,19 @@ def _check_sharding(
     cell: Cell, avals: Sequence[Any], axis: int, marker: Any, marker_axis: Any
 ) -> None:
     """Refuses a State that is not split over the mesh like what else is mapped."""
-    wanted = _mesh_axis(marker, marker_axis)
+    wanted = mesh_axis(marker, marker_axis)
     for aval in avals:
-        if _mesh_axis(aval, axis) != wanted:
+        if mesh_axis(aval, axis) != wanted:
             raise StateValueError(
                 message(
                     f"`filter_vmap` maps {cell.describe()} along axis {axis}, which is "
-                    f"sharded by {_mesh_axis(aval, axis)}, beside arguments whose mapped "
+                    f"sharded by {mesh_axis(aval, axis)}, beside arguments whose mapped "
                     f"axis is sharded by {wanted}.",
                     "the axes of the mesh are explicit, and then JAX wants all that is "
                     "mapped to be sharded the same.",
                     "place the State's value like the arguments: `jax.device_put`.",
                 )
             )
-
-
-def _mesh_axis(aval: Any, axis: int) -> Any:
-    """The explicit axis of the mesh along which an axis of an array is sharded."""
-    spec = aval.sharding.spec
-    axis %= aval.ndim
-    return spec[axis] if axis < len(spec) else None
 
 
 def _check_shared(written: Values, axes: Sequence[int | None], outside: Any) -> None:

@@ -693,3 +693,22 @@ def test_a_sharded_stack_keeps_its_placement(kind):
         run(held)
     assert jnp.array_equal(held.state.value, 4 * jnp.arange(8.0).reshape(2, 4))
     assert held.state.value.sharding.is_equivalent_to(sharding, 2)
+
+
+@JITTED
+def test_a_stack_that_is_sharded_by_entries_is_refused_where_jax_refuses_it(jitted):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    held = Holder(sf.State(jax.device_put(jnp.zeros(4), sharding), name="split"))
+
+    def body(c, m):
+        m.state.value += 1
+        return c, None
+
+    run = lambda m: sf.scan(body, 0, m)  # noqa: E731
+    with pytest.raises(ValueError, match=r"State 'split' .* axis 0, .* sharded by d"):
+        (sf.filter_jit(run) if jitted else run)(held)
+    whole = jax.device_put(held.state.value, sharding.update(spec=()))
+    held.state.value = whole
+    (sf.filter_jit(run) if jitted else run)(held)
+    assert jnp.array_equal(held.state.value, jnp.ones(4))
