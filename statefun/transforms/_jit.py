@@ -138,14 +138,15 @@ class Traced:
         self.jaxpr = fn.stateful_function.get_jaxpr(*args, **kwargs)
         self._call = AheadOfTime(fn._calls, args, kwargs, fn._bound)
 
-    def lower(self, **options: Any) -> Lowered:
+    def lower(self, *, lowering_platforms: tuple[str, ...] | None = None) -> Lowered:
         """Lowers the traced function to StableHLO.
 
         **Arguments:**
 
-        - `options`: as of `jax.stages.Traced.lower`: `lowering_platforms`.
+        - `lowering_platforms`: for which platforms, by default the present one.
         """
-        return Lowered(self._call, self._call.traced.lower(**options))
+        lowered = self._call.traced.lower(lowering_platforms=lowering_platforms)
+        return Lowered(self._call, lowered)
 
 
 class Lowered:
@@ -155,9 +156,9 @@ class Lowered:
         self._call = call
         self._lowered = lowered
 
-    def as_text(self, *args: Any, **kwargs: Any) -> str:
+    def as_text(self, dialect: str | None = None, *, debug_info: bool = False) -> str:
         """The program as text, by default StableHLO."""
-        return self._lowered.as_text(*args, **kwargs)
+        return self._lowered.as_text(dialect, debug_info=debug_info)
 
     def compiler_ir(self, dialect: str | None = None) -> Any:
         """The program as the compiler's own object, by default StableHLO."""
@@ -167,13 +168,23 @@ class Lowered:
         """What XLA expects the program to cost, before it is compiled."""
         return self._lowered.cost_analysis()
 
-    def compile(self, *args: Any, **kwargs: Any) -> Compiled:
+    def compile(
+        self,
+        compiler_options: dict[str, Any] | None = None,
+        *,
+        device_assignment: tuple[Any, ...] | None = None,
+    ) -> Compiled:
         """Compiles it.
 
-        **Arguments:** as of `jax.stages.Lowered.compile`: `compiler_options`,
-        `device_assignment`.
+        **Arguments:**
+
+        - `compiler_options`: of XLA.
+        - `device_assignment`: on which devices it is to run.
         """
-        return Compiled(self._call, self._lowered.compile(*args, **kwargs))
+        compiled = self._lowered.compile(
+            compiler_options, device_assignment=device_assignment
+        )
+        return Compiled(self._call, compiled)
 
 
 class Compiled:

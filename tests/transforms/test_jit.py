@@ -1614,3 +1614,29 @@ def test_a_module_of_shapes_is_lowered_for():
     compiled = f.lower(shapes, jax.ShapeDtypeStruct((2,), jnp.float32)).compile()
     linear = eqx.nn.Linear(2, 3, key=jax.random.key(0))
     np.testing.assert_allclose(compiled(linear, jnp.ones(2)), linear(jnp.ones(2)))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "Traced.lower",
+        "Lowered.compile",
+        "Lowered.as_text",
+        "Lowered.compiler_ir",
+        "Lowered.cost_analysis",
+        "Compiled.as_text",
+        "Compiled.cost_analysis",
+        "Compiled.memory_analysis",
+        "Compiled.runtime_executable",
+    ],
+)
+def test_the_stages_take_what_those_of_jax_take(method):
+    traced = sf.filter_jit(lambda x: x).trace(ONE)
+    stages = {"Traced": traced, "Lowered": traced.lower()}
+    stages["Compiled"] = stages["Lowered"].compile()
+    stage, name = method.split(".")
+    theirs = inspect.signature(getattr(getattr(jax.stages, stage), name)).parameters
+    ours = inspect.signature(getattr(type(stages[stage]), name)).parameters
+    public = [(p.name, p.kind, p.default) for p in theirs.values() if p.name[0] != "_"]
+    assert [(p.name, p.kind, p.default) for p in ours.values()] == public
+    getattr(stages[stage], name)()
