@@ -315,7 +315,7 @@ def scan_blocks(
     return unpack(carry), unpack(build_ys(joined))
 
 
-@compiled_when_eager
+@compiled_when_eager(bounds=2)
 def _fori_loop(
     lower: Any,
     upper: Any,

@@ -7,6 +7,8 @@ XLA fuses them.
 """
 
 import dataclasses
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -792,3 +794,76 @@ def test_python_control_flow_under_eager_checkpoint_is_as_in_equinox():
     assert run(jnp.array(2.0), 3) == 6.0
     assert run(jnp.array(2.0), 1) == 2.0
     assert flag.value
+
+
+# -- loops and branches in twins outside of any trace --------------------------------
+
+
+def in_each_twin(w):
+    return {
+        "vmap": lambda f, x: sf.filter_vmap(f)(x[None])[0],
+        "grad": lambda f, x: sf.filter_grad(f)(x) * x,
+        "grad of a State": lambda f, x: sf.filter_grad(f, wrt=w)(x) * w.value / 3,
+        "jvp": lambda f, x: sf.filter_jvp(f, (x,), (x,))[1],
+    }
+
+
+@pytest.mark.parametrize(
+    "loop", ["scan", "map", "fori_loop", "bounds", "cond", "switch"]
+)
+@pytest.mark.parametrize("twin", in_each_twin(None))
+def test_a_loop_in_an_eager_twin_is_traced_once_and_sees_what_states_hold(loop, twin):
+    w, count = sf.Param(jnp.array(2.0), name="w"), sf.State(jnp.array(0), name="count")
+    runs = []
+
+    def step(x):
+        runs.append(loop)
+        count.value += 1
+        return w.value * x
+
+    def thrice(x):
+        return step(step(step(x)))
+
+    def body(x, _):
+        return step(x), None
+
+    def at(_, x):
+        return step(x)
+
+    one = jnp.array(1.0)
+    loops = {
+        "scan": lambda x: sf.scan(body, x, None, length=3)[0],
+        "map": lambda x: sf.map(thrice, x[None])[0],
+        "fori_loop": lambda x: sf.fori_loop(0, 3, at, x),
+        "bounds": lambda x: sf.fori_loop(jnp.array(0), jnp.array(3), at, x),
+        "cond": lambda x: sf.cond(True, thrice, thrice, x),
+        "switch": lambda x: sf.switch(1, [thrice, thrice], x),
+    }
+    traced = []
+    for i in range(1, 5):
+        w.value = float(i)
+        assert in_each_twin(w)[twin](loops[loop], one) == i**3
+        assert count.value == 3 * i
+        traced.append(len(runs))
+    # `jax.lax` can't differentiate a loop whose bounds it doesn't know.
+    assert loop == "bounds" or traced[0] == traced[-1]
+
+
+def test_a_loop_in_an_eager_twin_keeps_no_body_alive():
+    def make():
+        big = jnp.ones(3)
+
+        def body(x, _):
+            return x * big.sum(), None
+
+        assert (
+            sf.filter_grad(lambda x: sf.scan(body, x, None, length=1)[0])(
+                jnp.array(1.0)
+            )
+            == 3
+        )
+        return weakref.ref(body)
+
+    refs = [make() for _ in range(3)]
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 3
