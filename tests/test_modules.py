@@ -16,6 +16,8 @@ import statefun as sf
 from statefun._call import args, modules
 from statefun._trace.names import Parameters
 
+from .fresh import run_fresh
+
 
 class Leaf(eqx.Module):
     w: Any
@@ -392,6 +394,23 @@ def test_nothing_is_kept_alive():
     assert [ref() for ref in refs] == [None, None]
     assert number not in modules._entries
     assert key is not None
+
+
+def test_modules_that_are_there_when_the_interpreter_ends_say_nothing():
+    program = """
+        import sys
+        import equinox as eqx, jax.numpy as jnp, statefun as sf
+
+        sys.unraisablehook = lambda error: print(error.exc_value, flush=True)
+
+        class Net(eqx.Module):
+            w: list
+
+        net, fn = Net([jnp.ones(1)]), sf.filter_jit(lambda n: n.w[0])
+        for _ in range(4):
+            fn(net)
+    """
+    assert run_fresh(program) == ""
 
 
 def test_what_refers_back_to_a_module_goes_with_it():

@@ -301,8 +301,12 @@ def recall(args: tuple, kwargs: dict) -> tuple[Any, list[Any], list[Any]] | None
     """
     dynamic: list[Any] = []
     cells: list[Any] = []
+    how = modules.remembered
     try:
-        key = _take(args, kwargs, dynamic, cells, modules.remembered)
+        if kwargs:
+            key = _take(args, kwargs, dynamic, cells, how)
+        else:  # written out for the hot path
+            key = tuple([modules.take(arg, dynamic, cells, how) for arg in args])
     except (modules.Forgotten, modules.Unhashable):
         return None
     return key, dynamic, cells

@@ -158,6 +158,8 @@ class Calls:
         self._static = _args.StaticArguments(
             fun, options.static_argnums, options.static_argnames, options.bound
         )
+        # Whether other arguments than arrays make hot calls.
+        self.recalls = not self._static
 
     # -- looking up --
 
@@ -378,7 +380,9 @@ class Calls:
             return
         if site.signature.only_arrays and not kwargs:
             self.plans[len(args)] = Plan(site, compiled, ())
-        known = self.recall(args, kwargs) if args or kwargs else None
+        if not self.recalls or not (args or kwargs):
+            return
+        known = _args.recall(args, kwargs)
         if known is None:
             return
         key, views = known[0], []
@@ -387,14 +391,6 @@ class Calls:
             structures = [s for view in views for s in view.structures]
             if fits(site, compiled, structures):
                 self.plans[key] = Plan(site, compiled, structures)
-
-    def recall(
-        self, args: tuple, kwargs: dict
-    ) -> tuple[Any, list[Any], list[Any]] | None:
-        """Takes the arguments of a hot call apart: see `args.recall`."""
-        if self._static:
-            args, kwargs = self._static.mark(args, kwargs)
-        return _args.recall(args, kwargs)
 
     def _run_in_trace(
         self, site: Site, dynamic: Sequence[Any], states: Sequence[State]

@@ -10,6 +10,7 @@ from .._compat import TOP_LEVEL, array_class, find_top_trace
 from .._errors import StateTraceError, StateValueError, message
 from .._state.access import local
 from .._state.cell import Cell, Value, commit, lock, recover, settle, shared
+from .args import recall
 from .calls import Calls
 from .compiled import Restart, Trace
 
@@ -42,7 +43,7 @@ class Fast:
         held: Any = None  # the States of the arguments
         dynamic: Any = args
         if key is None:
-            known = calls.recall(args, kwargs)
+            known = recall(args, kwargs) if calls.recalls else None
             if known is None:
                 return calls.run(args, kwargs)
             key, dynamic, refs = known

@@ -136,47 +136,6 @@ def _apart(
     return _intern(treedef, keys), dynamic, states
 
 
-def take(
-    arg: Any,
-    dynamic: list[Any],
-    states: list[Any],
-    module: Callable[[Any, _Entry | None, list[Any], list[Any]], Any],
-) -> Any:
-    """Takes an argument apart, from memory where possible.
-
-    **Arguments:**
-
-    - `arg`: an argument, or an item of a plain container that is one.
-    - `dynamic`, `states`: its arrays and States are appended to these, in JAX's order.
-    - `module`: what does it for a module: `apart`, or `remembered`.
-
-    **Returns:** its key.
-    """
-    kind = type(arg)
-    if kind is array_class():
-        dynamic.append(arg)
-        return ARRAY
-    entry = _entries.get(id(arg))
-    if entry is not None and entry() is arg:
-        return module(arg, entry, dynamic, states)
-    if kind is tuple or kind is list or (issubclass(kind, tuple) and _is_named(arg)):
-        return kind, tuple([take(x, dynamic, states, module) for x in arg])
-    if kind is dict:
-        names = sorted(arg)  # as JAX does
-        items = [take(arg[name], dynamic, states, module) for name in names]
-        return kind, tuple(map(_name_key, names)), tuple(items)
-    if arg is None:
-        return None
-    if kind in _PLAIN:
-        return static_key(arg)
-    if kind is _BoundMethod:  # made anew at each access: its module is what lasts
-        return kind, arg.__func__, take(arg.__self__, dynamic, states, module)
-    if eqx.is_array(arg):  # NumPy's, and tracers
-        dynamic.append(arg)
-        return ARRAY
-    return module(arg, None, dynamic, states)
-
-
 class _Probe(eqx.Module):
     def method(self) -> None: ...
 
@@ -372,6 +331,10 @@ class Memory:
     watched: Sequence[Watch]
     # What its States' values looked like, and when: of `shared.structures`.
     view: tuple[View | None, int] = (None, -1)
+    may_change: bool = True
+
+    def __post_init__(self) -> None:
+        self.may_change = bool(self.watched or self.state_keys)
 
     def holds(self, module: Any) -> bool:
         """Whether the module is as it was."""
@@ -392,35 +355,26 @@ def _state(ref: weakref.ref[Cell]) -> State:
     return ref().handle()  # type: ignore[union-attr, misc]
 
 
-class _Entry(weakref.ref):
-    """A module that was seen, and what is remembered about it."""
-
-    __slots__ = ("key", "memory")
-
-    def __init__(self, module: eqx.Module, callback: Any):
-        super().__init__(module, callback)  # type: ignore[call-arg]
-        self.key = id(module)
-        self.memory: Memory | None = None
-
-
-class _Guard(weakref.ref):
-    """An item of a list or dict: when it dies, its arrays are to go, too."""
-
-    __slots__ = ("key",)
-
-
-# A callback of a weak reference may come between any two operations, so every change here
-# is one operation on a dict, or one attribute that is set.
+# A callback of a weak reference may come between any two operations, also when the
+# interpreter ends and the names of this module are gone. So it is one operation on a dict
+# or one attribute that is set, and is bound to what it needs.
 _entries: dict[int, _Entry] = {}
 
 
-def _module_died(entry: Any) -> None:
-    if _entries.get(entry.key) is entry:
-        _entries.pop(entry.key, None)
+class _Entry:
+    """A module that was seen, and what is remembered about it."""
+
+    __slots__ = ("key", "memory", "ref")
+
+    def __init__(self, module: eqx.Module):
+        self.key = id(module)
+        self.ref = weakref.ref(module, functools.partial(_entries.pop, self.key))
+        self.memory: Memory | None = None
 
 
-def _item_died(guard: Any) -> None:
-    entry = _entries.get(guard.key)
+def _item_died(key: int, _: Any, entries: dict[int, _Entry] = _entries) -> None:
+    """Of an item of a list or dict: its arrays are to go, too."""
+    entry = entries.get(key)
     if entry is not None:
         entry.memory = None
 
@@ -440,7 +394,7 @@ def apart(
             return form
         is_new = entry is None and isinstance(module, eqx.Module)
         if is_new:
-            _entries[id(module)] = _Entry(module, _module_died)
+            _entries[id(module)] = _Entry(module)
             form = _read(module, dynamic)
             if form is not None:
                 return form
@@ -468,10 +422,9 @@ def remembered(
 ) -> View:
     """As `apart`, at top level and from memory alone: appends references to the cells,
     and sees how the values in these are put together."""
-    memory = entry and entry.memory
-    if memory is None:
+    if entry is None or (memory := entry.memory) is None:
         raise Forgotten
-    if (memory.watched or memory.state_keys) and not memory.holds(module):
+    if memory.may_change and not memory.holds(module):
         raise Forgotten
     if cells and not set(cells).isdisjoint(memory.cells):  # a State of two arguments
         raise Forgotten
@@ -547,11 +500,9 @@ def _remember(
 
     def guard(item: Any) -> Callable[[], Any]:
         try:
-            ref: Any = _Guard(item, _item_died)
+            return weakref.ref(item, functools.partial(_item_died, entry.key))
         except TypeError:  # a number, a string
             return lambda: item
-        ref.key = entry.key
-        return ref
 
     def watch(path: Path, inner: frozenset) -> Watch:
         node = _find(module, path)
@@ -670,6 +621,50 @@ def _is_constant(static: Any) -> bool:
     )
 
 
+# -- any argument -------------------------------------------------------------------
+
+
+def take(
+    arg: Any,
+    dynamic: list[Any],
+    states: list[Any],
+    module: Callable[[Any, _Entry | None, list[Any], list[Any]], Any] = apart,
+) -> Any:
+    """Takes an argument apart, from memory where possible.
+
+    **Arguments:**
+
+    - `arg`: an argument, or an item of a plain container that is one.
+    - `dynamic`, `states`: its arrays and States are appended to these, in JAX's order.
+    - `module`: what does it for a module: `apart`, or `remembered`.
+
+    **Returns:** its key.
+    """
+    kind = type(arg)
+    if kind is array_class():
+        dynamic.append(arg)
+        return ARRAY
+    entry = _entries.get(id(arg))
+    if entry is not None and entry.ref() is arg:
+        return module(arg, entry, dynamic, states)
+    if kind is tuple or kind is list or (issubclass(kind, tuple) and _is_named(arg)):
+        return kind, tuple([take(x, dynamic, states, module) for x in arg])
+    if kind is dict:
+        names = sorted(arg)  # as JAX does
+        items = [take(arg[name], dynamic, states, module) for name in names]
+        return kind, tuple(map(_name_key, names)), tuple(items)
+    if arg is None:
+        return None
+    if kind in _PLAIN:
+        return static_key(arg)
+    if kind is _BoundMethod:  # made anew at each access: its module is what lasts
+        return kind, arg.__func__, take(arg.__self__, dynamic, states, module)
+    if eqx.is_array(arg):  # NumPy's, and tracers
+        dynamic.append(arg)
+        return ARRAY
+    return module(arg, None, dynamic, states)
+
+
 # -- results ------------------------------------------------------------------------
 
 
@@ -718,7 +713,7 @@ def adopt(result: Any, found: Sequence[Adoption], arrays: Sequence[Any]) -> None
         form = ref()
         if form is not None and form.passed and form.watchlist is not None:
             module = _find(result, path)
-            entry = _Entry(module, _module_died)
+            entry = _Entry(module)
             entry.memory = _remember(
                 entry, module, form, form.watchlist, arrays[start:stop], ()
             )
