@@ -72,14 +72,12 @@ class Optimizer(eqx.Module):
     _tx: SameWork
 
     def __init__(self, tx: optax.GradientTransformation | optax.MultiSteps, wrt: Any):
-        if isinstance(tx, optax.MultiSteps):
-            tx = tx.gradient_transformation()
-        self._tx = SameWork(optax.with_extra_args_support(tx))
+        self._tx = SameWork(tx)
         self.wrt = wrt
         trained = Trained(wrt)
         trained.check()
         with library_promotion():
-            opt_state = tx.init(trained.arrays())
+            opt_state = self.tx.init(trained.arrays())
         self.opt_state = State(opt_state, name="opt_state")
         self.step = State(jnp.array(0, jnp.int32), name="step")
 

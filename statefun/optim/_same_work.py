@@ -9,17 +9,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import optax
+
 from .._state.fingerprint import fingerprint
 
 
 class SameWork:
-    """A transformation that is equal to every other one that does the same."""
+    """A transformation, equal to every other one that does the same.
 
-    __slots__ = ("_hash", "_key", "tx")
+    Pickled is what the user gave: what optax makes of it is always closures.
+    """
 
-    def __init__(self, tx: Any):
-        self.tx = tx
-        self._key = fingerprint(tx)
+    __slots__ = ("_given", "_hash", "_key", "tx")
+
+    def __init__(self, tx: optax.GradientTransformation | optax.MultiSteps):
+        self._given = tx
+        if isinstance(tx, optax.MultiSteps):
+            tx = tx.gradient_transformation()
+        self.tx = optax.with_extra_args_support(tx)
+        self._key = fingerprint(self.tx)
         self._hash = hash(self._key)
 
     def __hash__(self) -> int:
@@ -34,4 +42,4 @@ class SameWork:
         return type(self.tx).__name__
 
     def __reduce__(self) -> Any:
-        return SameWork, (self.tx,)
+        return SameWork, (self._given,)

@@ -17,7 +17,9 @@ from .._trace.frame import transaction
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def compiled_when_eager(twin: F | None = None, *, bounds: int = 0) -> Any:
+def compiled_when_eager(
+    twin: Callable[..., Any] | None = None, *, bounds: int = 0
+) -> Any:
     """Makes a twin that traces its body fast where it is called again and again.
 
     `jax.lax.scan` outside of `jax.jit` keeps what it has traced and compiled for a body,

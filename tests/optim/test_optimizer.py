@@ -1,5 +1,9 @@
 """`Optimizer`: any optax transformation, with its state and the Params in States."""
 
+import copy
+import pickle
+
+import cloudpickle
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -614,3 +618,42 @@ def test_a_param_inside_another_is_trained_where_it_stands_by_itself():
     loss = lambda: outer.value["w"] * outer.value["inner"].value  # noqa: E731
     optimizer.update(sf.filter_grad(loss, wrt=(outer, inner))())
     assert outer.value["w"] == 2 and inner.value == 0.5
+
+
+def _init(params):
+    return optax.EmptyState()
+
+
+def _halve(updates, state, params=None):
+    return jax.tree.map(lambda g: -g / 2, updates), state
+
+
+OWN = optax.GradientTransformation(_init, _halve)
+
+
+def check_copy(optimizer, again):
+    again.update(jnp.array(1.0))
+    assert again.wrt.value == 0.5 and optimizer.wrt.value == 1
+    assert again.step.value == 1 and optimizer.step.value == 0
+    assert again._tx == optimizer._tx
+
+
+def test_an_optimizer_is_pickled_where_its_transformation_is():
+    optimizer = sf.Optimizer(OWN, sf.Param(jnp.array(1.0)))
+    check_copy(optimizer, pickle.loads(pickle.dumps(optimizer)))
+
+
+@pytest.mark.parametrize(
+    "tx", [OWN, optax.MultiSteps(OWN, 1)], ids=["own", "MultiSteps"]
+)
+def test_an_optimizer_is_copied_deeply(tx):
+    optimizer = sf.Optimizer(tx, sf.Param(jnp.array(1.0)))
+    check_copy(optimizer, copy.deepcopy(optimizer))
+
+
+def test_an_optimizer_of_optax_is_pickled_by_cloudpickle():
+    optimizer = sf.Optimizer(optax.adam(0.1), sf.Param(jnp.array(1.0)))
+    again = pickle.loads(cloudpickle.dumps(optimizer))
+    for each in (again, optimizer):
+        each.update(jnp.array(1.0))
+    assert again.wrt.value == optimizer.wrt.value < 1
