@@ -96,10 +96,10 @@ def test_a_training_step_is_traced_once_for_all_folds():
 
     def step(fold, x):
         traces.append(None)
-        loss = lambda: jnp.mean(fold.model.value(x) ** 3)  # noqa: E731
+        loss = lambda: jnp.mean((fold.model.value(x) - x[:, :1]) ** 2)  # noqa: E731
         fold.optimizer.update(sf.filter_grad(loss, wrt=fold.model)())
 
-    x = jnp.arange(8.0).reshape(4, 2)
+    x = jax.random.normal(jax.random.key(9), (16, 2))
     jitted = sf.filter_jit(step)
     folds, bare = [Fold(s) for s in range(3)], [Fold(s) for s in range(3)]
     for fold, same in zip(folds, bare, strict=True):
@@ -114,7 +114,7 @@ def test_a_training_step_is_traced_once_for_all_folds():
             strict=True,
         )
         for a, b in pairs:
-            assert not eqx.is_array(a) or jnp.allclose(a, b, atol=1e-5)
+            assert not eqx.is_array(a) or jnp.allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_how_states_are_shared_inside_is_part_of_the_key(bump):
