@@ -173,7 +173,10 @@ def _ref(structure: Structure, key: Any) -> weakref.ref[Structure]:
 
 
 def _intern(treedef: TreeDef, statics: tuple) -> Structure:
-    key = treedef_key(treedef), tuple(map(static_key, statics))
+    # A State is itself, in frames (where it can be hashed) and outside; a structure keeps
+    # its States, so their ids stay theirs.
+    keys = (id(x) if isinstance(x, Holder) else static_key(x) for x in statics)
+    key = treedef_key(treedef), tuple(keys)
     known = _interned.get(key)
     structure = None if known is None else known()
     while structure is None:
