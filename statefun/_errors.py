@@ -139,6 +139,7 @@ def foreign_creation(cell: Cell) -> StateTraceError:
 
 
 def wrong_type(cell: Cell, error: TypeError) -> StateTypeError:
+    """For a number that doesn't fit the dtype of the array it would replace."""
     return StateTypeError(
         message(
             f"a value of the wrong type was written to {cell.describe()}: {error}.",

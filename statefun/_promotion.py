@@ -14,6 +14,7 @@ import jax
 
 @contextlib.contextmanager
 def promotion(dtype: str, rank: str) -> Iterator[None]:
+    """Sets how JAX promotes dtypes (`"standard"`, `"strict"`) and ranks (`"allow"`, …)."""
     with jax.numpy_dtype_promotion(dtype), jax.numpy_rank_promotion(rank):
         yield
 

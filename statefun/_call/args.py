@@ -355,6 +355,7 @@ def with_nested(states: list[State]) -> Nested:
 
 
 def check_arguments(args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Refuses States that are an argument themselves or sit in its plain containers."""
     for i, arg in enumerate(args):
         refuse_bare_state(arg, f"passed as argument {i}")
     for name, arg in kwargs.items():

@@ -517,12 +517,14 @@ def make_jaxpr(
 
 
 def name_of(fun: Any) -> str:
+    """What a callable is called: that of a partial is the name of its function."""
     while isinstance(fun, functools.partial):
         fun = fun.func
     return getattr(fun, "__name__", type(fun).__name__)
 
 
 def as_tuple(x: Any, kind: type) -> tuple:
+    """A single value of the kind, or several, as a tuple."""
     return (x,) if isinstance(x, kind) else tuple(x)
 
 

@@ -150,6 +150,7 @@ def check_write(cell: Cell) -> None:
 
 
 def read(cell: Cell) -> Value:
+    """The value as the current frame sees it; counts as a read."""
     if local.frame is not None:
         return local.frame.read(cell)
     return (
@@ -193,6 +194,7 @@ def write_back(cell: Cell, given: Handed, normal: Any, new: Value) -> None:
 
 
 def create(cell: Cell, flat: Any, structure: Structure) -> None:
+    """Gives a new State its first value: in the current frame, or for good."""
     if local.frame is not None:
         local.frame.create(cell, flat, structure)
         return

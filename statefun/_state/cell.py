@@ -226,6 +226,7 @@ def keep_handing_out(
 
 
 def committed(cell: Cell) -> Value:
+    """The committed value; raises if there is none, as after a trace that has ended."""
     _, (value,) = snapshot((cell,))
     if value[0] is UNSET:
         raise StateTraceError(
