@@ -88,6 +88,19 @@ print(f(one).item(), sf.filter_grad(f)(one).item())
 ONE = jnp.ones(())
 
 
+def made_raw(transform, times):
+    """The function in a raw transform whose jaxpr JAX keeps."""
+
+    def step(x, _):
+        return times(x), None
+
+    return {
+        "jit": jax.jit(times),
+        "scan": lambda x: jax.lax.scan(step, x, None, length=1)[0],
+        "checkpoint": jax.checkpoint(times),
+    }[transform]
+
+
 def kept_by(transform):
     """A raw function that JAX keeps the jaxpr of; it reads `state`, and counts traces."""
     state, runs = sf.Param(jnp.float32(2), name="state"), []
@@ -96,15 +109,7 @@ def kept_by(transform):
         runs.append("times")
         return jnp.sum(state.value * x)
 
-    def step(x, _):
-        return times(x), None
-
-    kept = {
-        "jit": jax.jit(times),
-        "scan": lambda x: jax.lax.scan(step, x, None, length=1)[0],
-        "checkpoint": jax.checkpoint(times),
-    }
-    return kept[transform], state, runs
+    return made_raw(transform, times), state, runs
 
 
 VIEWS = {
@@ -213,14 +218,7 @@ def test_a_name_that_means_another_state_once_the_old_one_is_gone(transform):
     def times(x):
         return jnp.sum(box["state"].value * x)
 
-    def step(x, _):
-        return times(x), None
-
-    f = {
-        "jit": jax.jit(times),
-        "scan": lambda x: jax.lax.scan(step, x, None, length=1)[0],
-        "checkpoint": jax.checkpoint(times),
-    }[transform]
+    f = made_raw(transform, times)
     for value in (2.0, 3.0):
         box["state"] = sf.State(jnp.float32(value))
         assert sf.filter_vmap(f)(ONE[None]) == value
