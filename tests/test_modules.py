@@ -73,7 +73,7 @@ def check(module):
     assert all(
         x is y for x, y in zip(dynamic, filter(eqx.is_array, leaves), strict=True)
     )
-    form, _, held = modules._apart(module)
+    form, _, held = modules.flatten_anew(module)
     assert key == (form,)
     assert [id(s) for s in states] == [id(s) for s in held]
 
@@ -158,8 +158,10 @@ def test_every_change_inside_a_module_is_noticed(kind):
 
 def test_a_frozen_module_is_taken_apart_twice_and_no_more(monkeypatch):
     module, counts = Two(Leaf(ones()), (Leaf(ones()), sf.State(ones()))), []
-    apart = modules._apart
-    monkeypatch.setattr(modules, "_apart", lambda *a: [counts.append(1), apart(*a)][1])
+    apart = modules.flatten_anew
+    monkeypatch.setattr(
+        modules, "flatten_anew", lambda *a: [counts.append(1), apart(*a)][1]
+    )
     results = [split(module) for _ in range(5)]
     assert len(counts) == 2
     assert all(x[-1] == results[0][-1] for x in results)
@@ -219,7 +221,7 @@ def test_a_module_that_is_new_is_taken_for_no_other(kind, monkeypatch):
     other = OTHERS[kind]()
     assert split(other)[-1] != keys[0]
     check(OTHERS[kind]())
-    monkeypatch.setattr(modules, "_apart", None)
+    monkeypatch.setattr(modules, "flatten_anew", None)
     assert split(readable())[-1] == keys[0]
 
 

@@ -42,6 +42,8 @@ LAYERS = (
     ("_trace.frame",),
     ("_trace.result",),
     ("_trace.program",),
+    ("_call.forms",),
+    ("_call.reader",),
     ("_call.modules",),
     ("_call.args", "_call.keys", "_call.locks"),
     ("_call.compiled",),

@@ -1,5 +1,6 @@
 """What a call of a traced function costs.
 
+- `forms`, `reader`: the static part of an argument; another module of the same form.
 - `modules`: how one argument comes apart, and what is remembered about it.
 - `args`: arguments taken apart, and put together around stand-ins.
 - `keys`, `locks`: under what a trace is filed; a lock for tracing.

@@ -24,6 +24,7 @@ from .._state.structure import ARRAY, Structure
 from .._trace.names import Parameters
 from .._trace.result import refuse_bare_state
 from . import modules
+from .forms import Unhashable, leaf_keys
 
 
 class Static:
@@ -277,7 +278,7 @@ def split(
     states: list[State] = []
     try:
         key = _take(args, kwargs, dynamic, states, modules.apart)
-    except modules.Unhashable:
+    except Unhashable:
         raise _unhashable(args, kwargs, names) from None
     if len(states) > 1:
         index: dict[Cell, int] = {}
@@ -296,7 +297,7 @@ def split(
 def recall(args: tuple, kwargs: dict) -> tuple[Any, list[Any], list[Any]] | None:
     """As `split`, from memory alone, for the hot path.
 
-    **Returns:** the key, in which a `modules.View` stands for each form, the arrays, and
+    **Returns:** the key, in which a `forms.View` stands for each form, the arrays, and
     weak references to the cells of the States; None if it can't be done.
     """
     dynamic: list[Any] = []
@@ -307,7 +308,7 @@ def recall(args: tuple, kwargs: dict) -> tuple[Any, list[Any], list[Any]] | None
             key = _take(args, kwargs, dynamic, cells, how)
         else:  # written out for the hot path
             key = tuple([modules.take(arg, dynamic, cells, how) for arg in args])
-    except (modules.Forgotten, modules.Unhashable):
+    except (modules.Forgotten, Unhashable):
         return None
     return key, dynamic, cells
 
@@ -326,7 +327,7 @@ def _take(
 def flatten(args: tuple, kwargs: dict) -> tuple[list[Any], TreeDef, tuple]:
     """All leaves of the arguments, how they are put together, and a key for each leaf."""
     leaves, treedef = jtu.tree_flatten((args, kwargs))
-    return leaves, treedef, modules.leaf_keys(leaves)[0]
+    return leaves, treedef, leaf_keys(leaves)[0]
 
 
 Nested = tuple[tuple[int, Structure, tuple], ...]

@@ -40,9 +40,9 @@ from .._trace import frame, result
 from .._trace.names import Parameters
 from . import args as _args
 from .compiled import Compiled, Options, Restart, Trace, constrain, present
+from .forms import View
 from .keys import CacheKey
 from .locks import TracingLock
-from .modules import View
 from .site import Site
 
 

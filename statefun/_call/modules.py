@@ -24,7 +24,6 @@ their path from the module: holding them would hold what refers back to the modu
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
 import functools
@@ -44,96 +43,10 @@ from .._compat import array_class, at_top_level
 from .._state.access import local
 from .._state.cell import Cell, settle, shared
 from .._state.state import Param, State
-from .._state.static import TreeDef, is_identity, static_key, treedef_key
-from .._state.structure import ARRAY, Structure
-
-
-class Form:
-    """What is static about an argument, and how its States are shared: interned.
-
-    Equal to itself only, which makes it a key that is compared in no time.
-    """
-
-    __slots__ = (
-        *("__weakref__", "keys", "passed", "reader", "steady", "treedef"),
-        *("views", "watchlist"),
-    )
-
-    def __init__(self, treedef: TreeDef, keys: tuple):
-        self.treedef = treedef
-        self.keys = keys  # of the leaves
-        self.passed = False  # whether a module of this form was an argument
-        self.reader: Reader | None = None  # made for the second module of this form
-        self.steady = True  # until a node or a static value is found that may change
-        self.watchlist: Watchlist | None = None  # for modules with all fields frozen
-        self.views: dict[tuple[Structure, ...], View] = {}
-
-
-class View:
-    """A form together with the structures that the States' values have: interned."""
-
-    __slots__ = ("form", "structures")
-
-    def __init__(self, form: Form, structures: tuple[Structure, ...]):
-        self.form = weakref.ref(form)
-        self.structures = structures
-
-
-class Unhashable(TypeError):
-    """A static leaf is no possible key. Whoever knows its path says so."""
-
-
-# Without a lock, as structures are: the step that matters, `setdefault`, is atomic.
-_forms: dict[Any, weakref.ref[Form]] = {}
-
-
-def _intern(treedef: TreeDef, keys: tuple) -> Form:
-    key = treedef_key(treedef), keys
-    known = _forms.get(key)
-    form = None if known is None else known()
-    while form is None:
-        if known is not None and _forms.get(key) is known:
-            _forms.pop(key, None)
-        new = Form(treedef, keys)
-        gone = functools.partial(_forms.pop, key)  # gone(ref) runs no Python code
-        known = _forms.setdefault(key, weakref.ref(new, gone))
-        form = known()
-    return form
-
-
-def leaf_keys(leaves: Sequence[Any]) -> tuple[tuple, list[Any], list[State]]:
-    """A key for every leaf, the arrays, and the States, each once.
-
-    The key of a State says which of the States it is, so how they are shared.
-    """
-    keys, dynamic = [], []
-    states: list[State] = []
-    index: dict[Cell, int] = {}
-    concrete = array_class()
-    for leaf in leaves:
-        if type(leaf) is concrete or eqx.is_array(leaf):
-            dynamic.append(leaf)
-            keys.append(ARRAY)
-        elif isinstance(leaf, State):
-            at = index.setdefault(leaf._cell, len(index))
-            if at == len(states):
-                states.append(leaf)
-            keys.append((type(leaf), at, leaf._static_key()))
-        else:
-            key = static_key(leaf)
-            if is_identity(key):
-                raise Unhashable
-            keys.append(key)
-    return tuple(keys), dynamic, states
-
-
-def _apart(
-    arg: Any, visit: Callable[[Any], Any] | None = None
-) -> tuple[Form, list[Any], list[State]]:
-    """Takes an argument apart, and shows each of its nodes on the way."""
-    leaves, treedef = jtu.tree_flatten(arg, is_leaf=visit)
-    keys, dynamic, states = leaf_keys(leaves)
-    return _intern(treedef, keys), dynamic, states
+from .._state.static import TreeDef, static_key
+from .._state.structure import ARRAY
+from .forms import Form, View, flatten_anew
+from .reader import children, learn_to_read, read
 
 
 class _Probe(eqx.Module):
@@ -163,133 +76,6 @@ def _is_named(arg: Any) -> bool:
 
 
 _named: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
-
-
-# -- another module of a form that is known -----------------------------------------
-
-
-class Unreadable(Exception):
-    """A module is not what a `Reader` is for."""
-
-
-class Reader:
-    """Takes modules of one form apart, quicker than JAX does, and finds no key for it.
-
-    It goes through the nodes level by level, and makes sure that each is as in the module
-    that it was made from: its class, its size, the static fields by identity. Where there
-    is any difference JAX is asked.
-    """
-
-    __slots__ = ("_nodes", "_order", "_statics")
-
-    def __init__(self, module: Any, form: Form):
-        # For each node: which of all it is, its class, how many items it has, what picks
-        # its children out of its fields, and what else there is.
-        self._nodes: list[tuple[int, type, bool, int, Any, list]] = []
-        self._statics: list[tuple[int, Any]] = []
-        order: dict[int, int] = {}
-        numbers: Any = form.treedef.unflatten(range(form.treedef.num_leaves))
-        queue: list[tuple[Any, Any]] = [(module, numbers)]
-        for i, (node, number) in enumerate(queue):  # it grows meanwhile
-            if isinstance(node, State):
-                raise Unreadable
-            if type(number) is int:
-                if form.keys[number] is ARRAY:
-                    order[number] = i
-                else:
-                    self._statics.append((i, form.keys[number]))
-            elif node is None:
-                self._statics.append((i, None))
-            elif isinstance(node, eqx.Module | dict):
-                names = [key for key, _ in _children(node)]
-                if not all(type(name) is str for name in names):  # True is found at 1
-                    raise Unreadable
-                get, fields = _picker(names), _fields(node)
-                rest = [(k, v) for k, v in fields.items() if k not in names]
-                is_module = isinstance(node, eqx.Module)
-                self._nodes.append((i, type(node), is_module, len(fields), get, rest))
-                queue += zip(get(fields), get(_fields(number)), strict=True)
-            else:
-                self._nodes.append((i, type(node), False, len(node), None, []))
-                queue += zip(node, number, strict=True)
-        self._order = [order[number] for number in sorted(order)]
-
-    def read(self, module: Any) -> list[Any]:
-        """The arrays of the module.
-
-        **Raises:** `Unreadable`, or `KeyError`, if it is of another form.
-        """
-        queue = [module]
-        getattribute = object.__getattribute__  # Equinox looks at each, in Python
-        for i, kind, is_module, size, get, rest in self._nodes:
-            fields = node = queue[i]
-            if type(node) is not kind:
-                raise Unreadable
-            if is_module:
-                fields = getattribute(node, "__dict__")
-            if len(fields) != size:
-                raise Unreadable
-            for name, value in rest:
-                if fields[name] is not value:
-                    raise Unreadable
-            queue += fields if get is None else get(fields)
-        for i, key in self._statics:
-            leaf = queue[i]
-            if leaf is not None if key is None else static_key(leaf) != key:
-                raise Unreadable
-        arrays = [queue[i] for i in self._order]
-        concrete = array_class()
-        if not all(type(x) is concrete or eqx.is_array(x) for x in arrays):
-            raise Unreadable
-        return arrays
-
-
-def _fields(node: Any) -> dict[str, Any]:
-    return node if type(node) is dict else object.__getattribute__(node, "__dict__")
-
-
-def _picker(names: list[str]) -> Callable[[dict[str, Any]], tuple]:
-    if len(names) > 1:
-        return operator.itemgetter(*names)
-    return lambda fields: tuple([fields[name] for name in names])
-
-
-def _children(node: Any) -> list[tuple[Any, Any]]:
-    """The children of a node, as JAX sees them, each with its name, key or index."""
-    items = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
-    if isinstance(node, eqx.Module):
-        return [(key.name, child) for (key,), child in items]
-    if isinstance(node, dict):
-        return [(key.key, child) for (key,), child in items]
-    return [(i, child) for i, (_, child) in enumerate(items)]
-
-
-# The forms that modules of a class had, those with a `Reader` first.
-_forms_of: weakref.WeakKeyDictionary[type, list[weakref.ref[Form]]] = (
-    weakref.WeakKeyDictionary()
-)
-_MAX_FORMS = 4
-
-
-def _read(module: Any, dynamic: list[Any]) -> Form | None:
-    """Takes a module apart that is of a form which others of its class had."""
-    for ref in _forms_of.get(type(module), ()):
-        form = ref()
-        if form is not None and form.reader is not None:
-            with contextlib.suppress(Unreadable, KeyError):
-                dynamic += form.reader.read(module)
-                return form
-    return None
-
-
-def _learn_to_read(module: Any, form: Form) -> None:
-    known = [ref for ref in _forms_of.get(type(module), []) if ref() is not None]
-    if form.reader is None and form.steady and any(ref() is form for ref in known):
-        with contextlib.suppress(Unreadable, KeyError):
-            form.reader = Reader(module, form) if _learn(module, form, ()) else None
-    if all(ref() is not form for ref in known):
-        known = [weakref.ref(form), *known][:_MAX_FORMS]
-    _forms_of[type(module)] = known
 
 
 # -- memory -------------------------------------------------------------------------
@@ -395,15 +181,15 @@ def apart(
         is_new = entry is None and isinstance(module, eqx.Module)
         if is_new:
             _entries[id(module)] = _Entry(module)
-            form = _read(module, dynamic)
+            form = read(module, dynamic)
             if form is not None:
                 return form
         elif entry is not None:
             nodes = []
-    form, found, held = _apart(module, None if nodes is None else nodes.append)
+    form, found, held = flatten_anew(module, None if nodes is None else nodes.append)
     if is_new:
         form.passed = True
-        _learn_to_read(module, form)
+        learn_to_read(module, form, lambda: _learn(module, form, ()))
     elif nodes is not None and entry is not None:
         watchlist = _learn(module, form, nodes)
         if watchlist is not None:
@@ -581,7 +367,7 @@ def _watchlist(module: Any, form: Form, opened: set[int]) -> Watchlist | None:
             return False
         if loose:
             watched.append(path)
-        for (name, x), below in zip(_children(node), treedef.children(), strict=True):
+        for (name, x), below in zip(children(node), treedef.children(), strict=True):
             step = is_module and not loose, name
             if not visit(x, below, (*path, step), loose):
                 return False
@@ -685,7 +471,7 @@ def adoptions(result: Any) -> tuple[Adoption, ...]:
     def visit(item: Any, path: Path) -> None:
         nonlocal count
         if isinstance(item, eqx.Module):
-            form, dynamic, states = _apart(item)
+            form, dynamic, states = flatten_anew(item)
             if not states and _learn(item, form, ()):
                 found.append(
                     Adoption(path, weakref.ref(form), count, count + len(dynamic))
@@ -694,7 +480,7 @@ def adoptions(result: Any) -> tuple[Adoption, ...]:
         elif type(item) in (list, dict) or (
             isinstance(item, tuple) and _is_named(item)
         ):
-            for name, child in _children(item):
+            for name, child in children(item):
                 visit(child, (*path, (False, name)))
         else:
             count += sum(map(eqx.is_array, jtu.tree_leaves(item)))

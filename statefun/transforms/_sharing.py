@@ -24,7 +24,7 @@ import jax.tree_util as jtu
 
 from .._call.calls import Calls
 from .._call.compiled import Options
-from .._call.modules import Unhashable, leaf_keys
+from .._call.forms import Unhashable, leaf_keys
 from .._state.state import State
 from .._state.static import exact_key, is_identity, is_weak, static_key, treedef_key
 from .._trace.names import innermost
