@@ -15,7 +15,8 @@ from hypothesis import given, strategies as st
 
 import statefun as sf
 from statefun._state import access, cell as _cell
-from statefun._trace.frame import Overlay, TracedFrame, nested, transaction
+from statefun._trace.frame import Overlay, TracedFrame
+from statefun._trace.transaction import nested, transaction
 
 
 def in_thread(function: Callable[[], Any]) -> Any:

@@ -7,6 +7,6 @@
 - `compiled`: one `jax.jit` for States of given structures.
 - `site`: all calls with the same static part. Owns its programs and what they need.
 - `calls`: all calls of one function. Owns the cache; the look-up, the run, the commit.
-- `fast`: the hot path.
+- `plan`, `fast`: the hot path.
 - `function`: `StatefulFunction`, which answers questions about a function.
 """

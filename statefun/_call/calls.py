@@ -35,14 +35,13 @@ from .._state import access
 from .._state.access import local
 from .._state.cell import Cell, Value, commit, in_turn, snapshot
 from .._state.state import State
-from .._state.structure import Structure
-from .._trace import frame, result
+from .._trace import result, transaction
 from .._trace.names import Parameters
 from . import args as _args
 from .compiled import Compiled, Options, Restart, Trace, constrain, present
-from .forms import View
 from .keys import CacheKey
 from .locks import TracingLock
+from .plan import Plan, fits, with_forms
 from .site import Site
 
 
@@ -71,64 +70,6 @@ class Observer:
     def history(self, calls: Calls) -> list[Any]:
         """Why the function was traced, oldest first."""
         return []
-
-
-class Plan:
-    """What a hot call does, see `fast`: which `jax.jit` it calls with which States.
-
-    A hot call has the States of its arguments in a list, and those that the program
-    reaches otherwise behind them; `places` are positions there.
-    """
-
-    __slots__ = (
-        *("_arg_cells", "_written", "cells", "closure", "compiled", "epoch", "n"),
-        *("places", "structures"),
-    )
-
-    def __init__(self, site: Site, compiled: Compiled, structures: Sequence[Structure]):
-        index, inputs = site.arg_cells, list(enumerate(compiled.cells))
-        self.compiled = compiled
-        self.closure = site.base.closure  # of the function; a live view
-        self.n = len(structures)
-        self.cells = [c for _, c in inputs if c not in index]
-        self.structures = [compiled.structures[i] for i, c in inputs if c not in index]
-        self.epoch = -1  # of `shared.structures`, when these last fitted
-        self._arg_cells = index
-        self._written: dict[Trace, list[Any]] = {}
-        others = iter(range(self.n, self.n + len(self.cells)))
-        places = [index[c] if c in index else next(others) for _, c in inputs]
-        in_order = places == list(range(self.n + len(self.cells)))
-        self.places = None if in_order else places
-
-    def written(self, trace: Trace, held: Sequence[Cell]) -> Sequence[Cell]:
-        """The States of a call that a program of it has written."""
-        if not self.n:
-            return trace.written
-        places = self._written.get(trace)
-        if places is None:
-            places = [self._arg_cells.get(c, c) for c in trace.written]
-            self._written[trace] = places
-        return [held[x] if isinstance(x, int) else x for x in places]
-
-
-def fits(site: Site, compiled: Compiled, structures: Sequence[Structure]) -> bool:
-    """Whether the States of the arguments are what a program was compiled for."""
-    index = site.arg_cells
-    return len(index) == len(structures) and all(
-        structures[index[cell]] is structure
-        for cell, structure in zip(compiled.cells, compiled.structures, strict=True)
-        if cell in index
-    )
-
-
-def _with_forms(key: Any, views: list[View]) -> Any:
-    """A key of `args.recall` as `args.split` has it, and its views in order."""
-    if type(key) is View:
-        views.append(key)
-        return key.form()
-    if type(key) is tuple:
-        return tuple([_with_forms(part, views) for part in key])
-    return key
 
 
 class Calls:
@@ -282,7 +223,7 @@ class Calls:
             return self._look_up(act, args, kwargs, look or self.site)
         except BaseException:
             present.states = states
-            frame.back_outside(*around)
+            transaction.back_outside(*around)
             raise
 
     def _look_up(
@@ -387,7 +328,7 @@ class Calls:
             return
         key, views = known[0], []
         # If the arguments are still what they were when the site was looked up.
-        if _with_forms(key, views) == site.key:
+        if with_forms(key, views) == site.key:
             structures = [s for view in views for s in view.structures]
             if fits(site, compiled, structures):
                 self.plans[key] = Plan(site, compiled, structures)
@@ -433,7 +374,7 @@ class Calls:
             result.refuse_bare_state(out, "returned")
             return out
 
-        return frame.transaction(lambda: frame.nested(run))
+        return transaction.transaction(lambda: transaction.nested(run))
 
     # -- what is kept --
 

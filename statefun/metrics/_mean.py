@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from .._errors import message
 from .._state.state import State
-from .._trace import frame as _frame
+from .._trace.transaction import transaction
 
 
 class Mean(eqx.Module):
@@ -83,7 +83,7 @@ class Mean(eqx.Module):
             self.total.value += total
             self.weight.value += weight
 
-        _frame.transaction(add)
+        transaction(add)
 
     def _over_lanes(self, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         try:
@@ -110,7 +110,7 @@ class Mean(eqx.Module):
             self.total.value = jnp.zeros_like(self.total.value)
             self.weight.value = jnp.zeros_like(self.weight.value)
 
-        _frame.transaction(clear)
+        transaction(clear)
 
 
 class Accuracy(eqx.Module):

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 
 from .._state.cell import Cell
 from .._state.state import Param, State
-from .._trace import frame as _frame
+from .._trace.transaction import transaction
 
 T = TypeVar("T")
 
@@ -80,7 +80,7 @@ class EMA(eqx.Module, Generic[T]):
 
         Integer arrays and everything static are copied as they are.
         """
-        _frame.transaction(self._update)
+        transaction(self._update)
 
     def _update(self) -> None:
         pairs = zip(

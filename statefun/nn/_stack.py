@@ -20,8 +20,8 @@ from .._state.state import State, held
 from .._state.static import static_key
 from .._state.structure import flatten
 from .._state.tree import first_difference, states, tree_key
-from .._trace.frame import transaction
 from .._trace.result import unpack
+from .._trace.transaction import transaction
 from ..transforms._carry import as_arrays
 from ..transforms._checkpoint import filter_checkpoint
 from ..transforms._eager import compiled_when_eager

@@ -12,7 +12,8 @@ import optax
 
 from .._promotion import library_promotion, present_promotion, promotion
 from .._state.state import State
-from .._trace import frame as _frame
+from .._trace.frame import Overlay
+from .._trace.transaction import transaction
 from ._hyperparams import Hyperparams
 from ._same_work import SameWork
 from ._trained import Trained
@@ -122,7 +123,7 @@ class Optimizer(eqx.Module):
             optimizer.update(sf.filter_grad(lambda: jnp.sum(w.value**2), wrt=w)())
             ```
         """
-        _frame.transaction(lambda: self._update(grads, extra_args))
+        transaction(lambda: self._update(grads, extra_args))
 
     def _update(self, grads: Any, extra_args: dict[str, Any]) -> None:
         trained = Trained(self.wrt)
@@ -155,7 +156,7 @@ def _at(fun: Callable[..., Any], trained: Trained, gives_gradient: bool) -> Call
 
     @functools.wraps(fun)
     def at(params: Any, *args: Any, **kwargs: Any) -> Any:
-        with _frame.Overlay(trained.values(params)), promotion(*settings):
+        with Overlay(trained.values(params)), promotion(*settings):
             out = fun(*args, **kwargs)
         return trained.of_gradient(out) if gives_gradient else out
 

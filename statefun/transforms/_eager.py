@@ -12,7 +12,7 @@ from .._call.calls import Calls
 from .._call.compiled import Options
 from .._compat import at_top_level, jit_disabled, makes_jaxpr
 from .._state.access import local
-from .._trace.frame import transaction
+from .._trace.transaction import transaction
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -18,7 +18,7 @@ from .._call.fast import AheadOfTime, Bound, Fast
 from .._call.function import StatefulFunction, as_tuple, name_of
 from .._errors import message
 from .._state.static import exact_key
-from .._trace.frame import transaction
+from .._trace.transaction import transaction
 from ..ir import normalize_optimizations
 from ._checkify import checkify as checkified
 from ._sharing import Rewrapped, Same, calls_of, recognize

@@ -33,10 +33,11 @@ from .._state.state import Param, State
 from .._state.structure import Structure, flatten
 from .._trace import program as _program
 from .._trace.escape import refuse_left_behind
-from .._trace.frame import Overlay, transaction as transaction
+from .._trace.frame import Overlay
 from .._trace.names import Named
 from .._trace.program import Program
 from .._trace.result import pack, refuse_bare_state
+from .._trace.transaction import transaction as transaction
 
 # -- on values ----------------------------------------------------------------------
 
