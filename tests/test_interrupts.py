@@ -16,6 +16,7 @@ from .interrupts import (
     failures,
     first_call,
     first_call_of_a_nest,
+    in_a_thread,
     interrupt,
     number,
     places,
@@ -37,17 +38,20 @@ def probe():
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
+@in_a_thread
 def test_an_interrupt_at_any_bytecode_leaves_states_before_or_after(name, probe):
     states, run = OPERATIONS[name]()
     assert failures(run, states, runs, probe) == ""
 
 
+@in_a_thread
 def test_an_interrupt_at_any_bytecode_of_an_eager_write_is_before_or_after(probe):
     states, run = OPERATIONS["an_eager_write"]()
     assert failures(run, states, runs, probe, most=0) == ""
 
 
 @pytest.mark.parametrize("make", [first_call, first_call_of_a_nest])
+@in_a_thread
 def test_an_interrupt_of_a_first_call_leaves_a_function_that_can_be_called(make, probe):
     one = jnp.array(1)
     total = bytecodes(lambda: make()[1](one))
