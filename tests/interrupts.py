@@ -15,10 +15,8 @@ each operation, or all of them with `nox -s interrupts`, which takes half an hou
 runs `python -m tests.interrupts SEED SECONDS`, which does the same with real signals.
 """
 
-import concurrent.futures
 import contextlib
 import copy
-import functools
 import os
 import pathlib
 import queue
@@ -143,24 +141,6 @@ def interrupt(run, at, act=raise_interrupt):
 # Python 3.11 takes some calls for being under way for ever after an exception that was
 # raised while it was traced.
 LOSES_ROOM = sys.version_info < (3, 12)
-
-
-def in_a_thread(test):
-    """Runs a test in a thread of its own, which goes with what its interrupts have cost.
-
-    Python 3.11 loses a level of the recursion limit where a trace function raises, and
-    the limit is the thread's: what runs later in the main thread would have none left.
-    """
-
-    @functools.wraps(test)
-    def run(*args, **kwargs):
-        limit = sys.getrecursionlimit()
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            ended = pool.submit(test, *args, **kwargs)
-        sys.setrecursionlimit(limit)
-        return ended.result()
-
-    return run
 
 
 def recursion_room():

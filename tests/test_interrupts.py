@@ -8,7 +8,7 @@ import pytest
 
 import statefun as sf
 
-from .fresh import run_fresh
+from .fresh import in_a_thread, run_fresh
 from .interrupts import (
     OPERATIONS,
     Probe,
@@ -16,7 +16,6 @@ from .interrupts import (
     failures,
     first_call,
     first_call_of_a_nest,
-    in_a_thread,
     interrupt,
     number,
     places,

@@ -8,6 +8,7 @@ import pytest
 from jax.experimental import checkify
 
 import statefun as sf
+from tests.fresh import in_a_thread
 
 GOOD, BAD = jnp.array(2.0), jnp.array(-2.0)
 
@@ -295,6 +296,7 @@ def debug_may_break(x):
         debug_may_break,
     ],
 )
+@in_a_thread
 def test_eqx_debug_does_in_a_twin_what_it_does_in_equinox(
     function, nest, count, last, capfd
 ):
