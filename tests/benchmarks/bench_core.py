@@ -325,7 +325,7 @@ ROWS = [
             calls(_scalar_states(n, _all_plus_one)),
             {PURE: budget},
         )
-        for n, budget in ((1, 1.25), (10, 1.12), (100, 1.10), (1000, 1.10))
+        for n, budget in ((1, 1.25), (10, 1.10), (100, 1.05), (1000, 1.05))
     ),
     Row(
         "call, 100 scalar States read, 1 written",
@@ -333,7 +333,7 @@ ROWS = [
         {PURE: 0.45},
     ),
     Row("train step, held in States", calls(_held), {PURE: 1.08, EQUINOX: 0.27}),
-    Row("train step, passed in and out", calls(_arguments), {EQUINOX: 0.80}),
+    Row("train step, passed in and out", calls(_arguments), {EQUINOX: 0.60}),
     Row("first call of the train step", first_calls(_first), {EQUINOX: 1.10}),
     Row(
         "peak memory, donate_states",
