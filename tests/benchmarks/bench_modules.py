@@ -117,29 +117,10 @@ def _anew(_: bool) -> Mapping[str, Contender]:
     }
 
 
-class _Plain:
-    value: Any
-
-
-def _eager(_: bool) -> Mapping[str, Contender]:
-    state, plain = sf.State(jnp.ones(())), _Plain()
-    plain.value = jnp.ones(())
-
-    def add(cell: Any) -> Any:
-        cell.value = cell.value + 1
-        return cell.value
-
-    return {
-        OURS: _timed(lambda: add(state)),
-        "a plain attribute": _timed(lambda: add(plain)),
-    }
-
-
 ROWS = [
     Row("the same module passed", calls(_same), {PURE: 1.20, EQUINOX: 0.35}),
     Row("a new module passed", calls(_new), {EQUINOX: 0.90}),
     Row("a module of 20 Params passed", calls(_params(False)), {PURE: 1.25}),
     Row("a module of 20 Params called", calls(_params(True)), {PURE: 1.25}),
     Row("filter_jit(f)(x) written anew", calls(_anew), {"the kept function": 3}),
-    Row("eager s.value = s.value + 1", calls(_eager), {"a plain attribute": 1.5}),
 ]
